@@ -1,0 +1,151 @@
+"""How flattened rows form sequences, and causal attention over them.
+
+Everything in the engine works on rows `[T, D]` without a batch dimension: padding is dropped on entry, so a padded batch,
+a packed row of documents and one long document are the same thing, and no attention mask exists in training. Only cached
+decoding keeps a batch dimension, because its rows grow in step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import DynamicCache
+
+
+@dataclass(frozen=True)
+class SequenceLayout:
+    """Document boundaries and positions of T rows.
+
+    Attributes:
+        positions: int64 [T], rotary position of every row.
+        lengths: rows per document, in order; they sum to T. Host integers, so that no device is waited for.
+        padding: bool [B, kv_len], True where cached or new key columns hold real tokens; None without a cache. With a
+            cache the rows are the flattened [B, q_len] block of new columns, padding included.
+    """
+
+    positions: Tensor
+    lengths: tuple[int, ...]
+    padding: Tensor | None = None
+    _masks: dict[int | None, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def packed(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> SequenceLayout:
+        """Documents of the given lengths side by side, each counting positions from 0."""
+        positions = torch.cat([torch.arange(length, device=device) for length in lengths])
+        return cls(positions, tuple(lengths))
+
+    @classmethod
+    def cached(cls, padding: Tensor, query_length: int) -> SequenceLayout:
+        """The last `query_length` columns of a batch whose columns so far are described by `padding` [B, kv_len].
+
+        Positions count real tokens only, so left-padded rows start at 0 where their text starts.
+        """
+        padding = padding.bool()
+        columns = (padding.long().cumsum(-1) - 1).clamp_min(0)
+        return cls(columns[:, -query_length:].reshape(-1), (query_length,) * len(padding), padding)
+
+    def mask(self, window: int | None) -> Tensor:
+        """bool [B, 1, q_len, kv_len] for cached attention, True where a query may look; built once per window.
+
+        A padded query may look at itself, so that its softmax is not 0/0: a NaN there would reach real rows through the
+        values of the next block.
+        """
+        if window not in self._masks:
+            assert self.padding is not None
+            query_length, kv_length = self.lengths[0], self.padding.shape[1]
+            columns = torch.arange(kv_length, device=self.padding.device)
+            distance = columns[-query_length:, None] - columns[None, :]
+            allowed = distance >= 0
+            if window is not None:
+                allowed &= distance < window
+            visible = (allowed & self.padding[:, None, :]) | (distance == 0)
+            self._masks[window] = visible[:, None]
+        return self._masks[window]
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: SequenceLayout,
+    *,
+    window: int | None = None,
+    cache: DynamicCache | None = None,
+    layer: int = 0,
+) -> Tensor:
+    """Causal softmax(q k^T / sqrt(d)) v within each document, grouped heads allowed.
+
+    Args:
+        query: [T, Hq, d]; key and value: [T, Hkv, d] with Hq a multiple of Hkv.
+        layout: which rows belong together; with a cache, which key columns are real.
+        window: a query sees at most this many latest keys, itself included (sliding window attention).
+        cache: keys and values of earlier columns, extended in place at index `layer`.
+
+    Returns:
+        [T, Hq * d].
+    """
+    if cache is not None:
+        return _cached_attention(query, key, value, layout, window, cache, layer)
+    lengths = layout.lengths
+    if len(set(lengths)) == 1:
+        out = _document_attention(*(t.unflatten(0, (len(lengths), lengths[0])) for t in (query, key, value)), window)
+        return out.flatten(0, 1).flatten(1)
+    documents = zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
+    return torch.cat([_document_attention(q[None], k[None], v[None], window)[0] for q, k, v in documents]).flatten(1)
+
+
+def _document_attention(query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:
+    """Attention of [B, length, H, d] documents of equal length: the flash path, without a mask where none is needed."""
+    length = query.shape[1]
+    mask = None
+    if window is not None and length > window:
+        distance = torch.arange(length, device=query.device)[:, None] - torch.arange(length, device=query.device)
+        mask = (distance >= 0) & (distance < window)
+    out = F.scaled_dot_product_attention(
+        query.transpose(1, 2),
+        key.transpose(1, 2),
+        value.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=mask is None,
+        enable_gqa=query.shape[2] != key.shape[2],
+    )
+    return out.transpose(1, 2)
+
+
+def _cached_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    layout: SequenceLayout,
+    window: int | None,
+    cache: DynamicCache,
+    layer: int,
+) -> Tensor:
+    """Attention of the new columns to all columns so far, which the cache keeps as [B, Hkv, kv_len, d]."""
+    batch, length = len(layout.lengths), layout.lengths[0]
+    query, key, value = (t.unflatten(0, (batch, length)).transpose(1, 2) for t in (query, key, value))
+    key, value = cache.update(key, value, layer)
+    out = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=layout.mask(window), enable_gqa=query.shape[1] != key.shape[1]
+    )
+    return out.transpose(1, 2).flatten(0, 1).flatten(1)
+
+
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the halves of each head: [T, H, d] by tables [T, d] (Llama's half-split convention)."""
+    first, second = x.chunk(2, dim=-1)
+    rotated = torch.cat((-second, first), dim=-1)
+    return x * cos[:, None, :] + rotated * sin[:, None, :]
+
+
+def rotary_table(
+    positions: Tensor, inverse_frequencies: Tensor, dtype: torch.dtype, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """cos and sin [T, d] of positions [T] times inverse frequencies [d / 2], computed in fp32."""
+    angles = positions.to(torch.float32)[:, None] * inverse_frequencies.to(torch.float32)
+    angles = torch.cat((angles, angles), dim=-1)
+    return (angles.cos() * scale).to(dtype), (angles.sin() * scale).to(dtype)
