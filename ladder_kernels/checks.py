@@ -1,0 +1,117 @@
+"""Argument checks of the ops, shared by the real and the fake kernels: metadata only, no tensor is read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def names(dtypes: Sequence[torch.dtype]) -> str:
+    """The dtypes as a person writes them: "float32, bfloat16 or float16"."""
+    words = [str(dtype).removeprefix("torch.") for dtype in dtypes]
+    return words[0] if len(words) == 1 else f"{', '.join(words[:-1])} or {words[-1]}"
+
+
+def check_dtype(op: str, name: str, dtype: torch.dtype, allowed: Sequence[torch.dtype]) -> None:
+    """Raise TypeError unless the dtype is one of `allowed`."""
+    if dtype not in allowed:
+        raise TypeError(f"{op}: expected {name} in {names(allowed)}, got {names([dtype])}")
+
+
+def check_shape(op: str, name: str, tensor: Tensor, expected: Sequence[int | str]) -> None:
+    """Raise ValueError unless the shape matches; a string in `expected` stands for any size."""
+    shape = tuple(tensor.shape)
+    matches = len(shape) == len(expected) and all(
+        isinstance(want, str) or want == got for want, got in zip(expected, shape, strict=True)
+    )
+    if not matches:
+        wanted = ", ".join(str(size) for size in expected)
+        raise ValueError(f"{op}: expected {name} of shape [{wanted}], got {list(shape)}")
+
+
+def check_device(op: str, name: str, tensor: Tensor, device: torch.device) -> None:
+    """Raise ValueError unless the tensor is on `device`."""
+    if tensor.device != device:
+        raise ValueError(f"{op}: expected {name} on {device}, got {tensor.device}; move it with .to({str(device)!r})")
+
+
+def check_contiguous(op: str, name: str, tensor: Tensor) -> None:
+    """Raise ValueError unless the tensor is contiguous."""
+    if not tensor.is_contiguous():
+        raise ValueError(f"{op}: expected contiguous {name}, got strides {tensor.stride()}; call .contiguous()")
+
+
+def check_no_gradient(op: str, name: str, tensor: Tensor | None, instead: str) -> None:
+    """Raise ValueError if autograd would want a gradient that the op does not have."""
+    if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
+        raise ValueError(f"{op}: {name} requires a gradient, but this op has none for it; {instead}")
+
+
+def check_dequantize(packed: Tensor, absmax: Tensor, block_size: int, first_row: int, out: Tensor) -> None:
+    """Check that rows [first_row, first_row + out.shape[0]) of width out.shape[1] lie in the packed matrix."""
+    op = "dequantize_nf4"
+    check_dtype(op, "out", out.dtype, COMPUTE_DTYPES)
+    check_shape(op, "out", out, ("rows", "K"))
+    check_contiguous(op, "out", out)
+    check_device(op, "out", out, packed.device)
+    end = (first_row + out.shape[0]) * out.shape[1]
+    if first_row < 0 or (end + 1) // 2 > packed.numel() or -(-end // block_size) > absmax.numel():
+        raise ValueError(
+            f"{op}: expected rows inside {packed.numel()} packed bytes and {absmax.numel()} blocks of {block_size}, "
+            f"got rows {first_row} to {first_row + out.shape[0]} of width {out.shape[1]}"
+        )
+
+
+def check_nf4_linear(x: Tensor, packed: Tensor, bias: Tensor | None, rows: int, panel: Tensor) -> None:
+    """Check x [..., K], bias [N] and the decode panel [P, K] against a packed [N, K] matrix."""
+    op = "nf4_linear"
+    check_dtype(op, "x", x.dtype, COMPUTE_DTYPES)
+    check_device(op, "x", x, packed.device)
+    if x.dim() == 0:
+        raise ValueError(f"{op}: expected x of shape [..., K], got a 0-dim tensor")
+    if (rows * x.shape[-1] + 1) // 2 != packed.numel():
+        raise ValueError(
+            f"{op}: expected x [..., K] with {rows} * K weights in {packed.numel()} packed bytes, got {list(x.shape)}"
+        )
+    check_shape(op, "panel", panel, ("P", x.shape[-1]))
+    check_dtype(op, "panel", panel.dtype, (x.dtype,))
+    if bias is not None:
+        check_shape(op, "bias", bias, (rows,))
+        check_dtype(op, "bias", bias.dtype, (x.dtype,))
+        check_device(op, "bias", bias, x.device)
+
+
+def check_tap(h: Tensor, weight: Tensor, state: Tensor | None, gate: Tensor | None) -> None:
+    """Check h [T, D], weight [S, D], state [T, S] and the 0-dim gate."""
+    op = "tap"
+    check_shape(op, "h", h, ("T", "D"))
+    check_dtype(op, "h", h.dtype, (*COMPUTE_DTYPES, torch.float64))
+    check_shape(op, "weight", weight, ("S", h.shape[1]))
+    check_dtype(op, "weight", weight.dtype, (*COMPUTE_DTYPES, torch.float64))
+    check_device(op, "weight", weight, h.device)
+    if state is not None:
+        check_shape(op, "state", state, (h.shape[0], weight.shape[0]))
+        check_dtype(op, "state", state.dtype, (h.dtype,))
+        check_device(op, "state", state, h.device)
+    if gate is not None:
+        if state is None:
+            raise ValueError(f"{op}: expected a state beside the gate, got None; pass state, or no gate")
+        check_shape(op, "gate", gate, ())
+        check_device(op, "gate", gate, h.device)
+
+
+def check_linear_cross_entropy(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> None:
+    """Check hidden [R, D], head_weight [V, D] and targets int64 [R]."""
+    op = "linear_cross_entropy"
+    check_shape(op, "hidden", hidden, ("R", "D"))
+    check_dtype(op, "hidden", hidden.dtype, (*COMPUTE_DTYPES, torch.float64))
+    check_shape(op, "head_weight", head_weight, ("V", hidden.shape[1]))
+    check_dtype(op, "head_weight", head_weight.dtype, (hidden.dtype,))
+    check_device(op, "head_weight", head_weight, hidden.device)
+    check_shape(op, "targets", targets, (hidden.shape[0],))
+    check_dtype(op, "targets", targets.dtype, (torch.int64,))
+    check_device(op, "targets", targets, hidden.device)

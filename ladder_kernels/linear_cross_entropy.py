@@ -1,0 +1,125 @@
+"""Cross entropy of a frozen language-model head, without ever holding all logits.
+
+    loss = sum over rows r with targets[r] != -100 of  logsumexp(l_r) - l_r[targets[r]],   l = hidden @ head_weight^T
+
+hidden [R, D], head_weight [V, D], targets [R]. Rows pass in chunks through one reused buffer, in which the logits
+become probabilities and then their gradient, so dhidden [R, D] is finished when the loss is; it is all that is kept
+for backward. Softmax is computed in fp32; 16-bit inputs have their logits rounded to 16 bits first, as an
+unfused head does.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ladder_kernels import reference
+from ladder_kernels.checks import check_linear_cross_entropy, check_no_gradient
+from ladder_kernels.dispatch import runs_eagerly
+from ladder_kernels.launch import logit_rows
+from ladder_kernels.reference import IGNORED_TARGET
+from ladder_kernels.workspace import Workspace
+
+DEFAULT_CHUNK_BYTES = 64 << 20
+
+
+@torch.library.custom_op(
+    "ladder::linear_cross_entropy",
+    mutates_args=("logits", "wide_logits"),
+    schema="(Tensor hidden, Tensor head_weight, Tensor targets, Tensor(a!) logits, Tensor(b!)? wide_logits,"
+    " bool need_grad) -> (Tensor, Tensor)",
+)
+def _linear_cross_entropy(
+    hidden: Tensor, head_weight: Tensor, targets: Tensor, logits: Tensor, wide_logits: Tensor | None, need_grad: bool
+) -> tuple[Tensor, Tensor]:
+    check_linear_cross_entropy(hidden, head_weight, targets)
+    return reference.linear_cross_entropy(hidden, head_weight, targets, logits, wide_logits, need_grad)
+
+
+@_linear_cross_entropy.register_fake
+def _(
+    hidden: Tensor, head_weight: Tensor, targets: Tensor, logits: Tensor, wide_logits: Tensor | None, need_grad: bool
+) -> tuple[Tensor, Tensor]:
+    check_linear_cross_entropy(hidden, head_weight, targets)
+    loss = hidden.new_empty((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+    return loss, torch.empty_like(hidden) if need_grad else hidden.new_empty(0)
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """Autograd around the op. (`register_autograd` refuses ops that write to an argument, here the scratch.)"""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, head_weight: Tensor, targets: Tensor, logits: Tensor, wide_logits: Tensor | None
+    ) -> Tensor:
+        loss, dhidden = _compute(hidden, head_weight, targets, logits, wide_logits, True)
+        ctx.save_for_backward(dhidden)
+        return loss
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
+        (dhidden,) = ctx.saved_tensors
+        return dhidden * dloss, None, None, None, None
+
+
+def _compute(
+    hidden: Tensor, head_weight: Tensor, targets: Tensor, logits: Tensor, wide_logits: Tensor | None, need_grad: bool
+) -> tuple[Tensor, Tensor]:
+    op = reference.linear_cross_entropy if runs_eagerly(hidden, head_weight, targets) else _linear_cross_entropy
+    return op(hidden, head_weight, targets, logits, wide_logits, need_grad)
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    head_weight: Tensor,
+    targets: Tensor,
+    *,
+    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    workspace: Workspace | None = None,
+) -> Tensor:
+    """Sum of the cross entropies of the rows under a frozen head; the gradient to hidden comes from the same pass.
+
+    Args:
+        hidden: [R, D] fp32, bf16, fp16 (or fp64), the supervised rows only, after the final norm.
+        head_weight: [V, D] in hidden.dtype, frozen.
+        targets: int64 [R]; -100 pads a bucket and contributes nothing.
+        chunk_bytes: budget of the logits buffer, counted in at least fp32.
+        workspace: keeps that buffer between calls. Without one it is allocated for this call.
+
+    Returns:
+        The sum, 0-dim, in fp32 (fp64 for fp64 inputs); 0 for R = 0.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices disagree, head_weight requires a gradient, chunk_bytes is not
+            positive, or (checked on a CPU only) a target is neither -100 nor in [0, V).
+    """
+    op = "linear_cross_entropy"
+    check_linear_cross_entropy(hidden, head_weight, targets)
+    check_no_gradient(op, "head_weight", head_weight, "the head is frozen: call head_weight.requires_grad_(False)")
+    if chunk_bytes <= 0:
+        raise ValueError(f"{op}: expected positive chunk_bytes, got {chunk_bytes}")
+    if targets.device.type == "cpu" and runs_eagerly(targets):
+        _check_targets(targets, head_weight.shape[0])
+    vocabulary = head_weight.shape[0]
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    shape = (logit_rows(hidden.shape[0], vocabulary, wide.itemsize, chunk_bytes), vocabulary)
+    workspace = Workspace() if workspace is None else workspace
+    logits = workspace.take("logits", shape, hidden.dtype, hidden.device)
+    wide_logits = None if wide == hidden.dtype else workspace.take("wide_logits", shape, wide, hidden.device)
+    if hidden.requires_grad and torch.is_grad_enabled():
+        return _LinearCrossEntropy.apply(hidden, head_weight, targets, logits, wide_logits)
+    with torch.no_grad():
+        return _compute(hidden, head_weight, targets, logits, wide_logits, False)[0]
+
+
+def _check_targets(targets: Tensor, vocabulary: int) -> None:
+    wrong = ((targets < 0) | (targets >= vocabulary)) & (targets != IGNORED_TARGET)
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0, 0])
+        raise ValueError(
+            f"linear_cross_entropy: expected targets in [0, {vocabulary}) or {IGNORED_TARGET}, got {int(targets[row])} "
+            f"in row {row}; is the tokenizer that of the model?"
+        )

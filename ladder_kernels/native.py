@@ -1,0 +1,187 @@
+"""The native CPU library: the only place that knows ctypes.
+
+The library is looked for on first use, never on import. Where it is absent the plain-torch `reference` computes the
+same bits, several times slower, after one warning. Environment: `LADDER_NATIVE_LIB` names a library file to use
+instead of the installed one, `LADDER_CPU_ISA` (scalar, avx512) an instruction set instead of the fastest.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+import sys
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+ABI_VERSION = 1
+_SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
+LIBRARY_NAME = f"libladder_native{_SUFFIX}"
+ISAS = ("avx512", "scalar")
+
+_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+
+_pointer, _int64, _int32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+_SIGNATURES: dict[str, tuple[list[type], type | None]] = {
+    "ladder_isa": ([], ctypes.c_char_p),
+    "ladder_isa_available": ([ctypes.c_char_p], _int32),
+    "ladder_select_isa": ([ctypes.c_char_p], _int32),
+    "ladder_dequantize_nf4": ([_pointer] * 6 + [_int64] * 3 + [_int32, _pointer, _int32], None),
+    "ladder_quantize_nf4": ([_pointer, _int32, _pointer, _int64, _int64, _pointer, _pointer, _int32], None),
+}
+
+
+@dataclass(frozen=True)
+class NativeStatus:
+    """Which CPU implementation runs, and why.
+
+    Attributes:
+        implementation: "native" or "reference".
+        path: the library file in use, None without one.
+        isa: the instruction set in use, None without a library.
+        reason: one sentence for a person.
+    """
+
+    implementation: str
+    path: Path | None
+    isa: str | None
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    library: ctypes.CDLL | None
+    path: Path | None
+    reason: str
+
+
+def status() -> NativeStatus:
+    """Load the library if that has not happened, without the warning, and say what is in use."""
+    loaded = _load()
+    if loaded.library is None:
+        return NativeStatus("reference", None, None, loaded.reason)
+    return NativeStatus("native", loaded.path, loaded.library.ladder_isa().decode(), loaded.reason)
+
+
+def available() -> bool:
+    """True if the library is in use. The first call that finds none warns."""
+    loaded = _load()
+    if loaded.library is None:
+        _warn_absent(loaded.reason)
+        return False
+    return True
+
+
+def available_isas() -> tuple[str, ...]:
+    """Instruction sets that this build and this CPU can run, fastest first; empty without a library."""
+    library = _load().library
+    return () if library is None else tuple(isa for isa in ISAS if library.ladder_isa_available(isa.encode()))
+
+
+def select_isa(isa: str) -> None:
+    """Use the named instruction set from now on, or the fastest with "".
+
+    Raises:
+        ValueError: the library, or the CPU, does not have it.
+    """
+    library = _load().library
+    if library is None or library.ladder_select_isa(isa.encode()) != 0:
+        offered = ", ".join(available_isas()) or "none, for there is no native library"
+        raise ValueError(f"expected one of the instruction sets available here ({offered}), got {isa!r}")
+
+
+def dequantize_nf4(
+    packed: Tensor,
+    absmax: Tensor,
+    codebook: Tensor,
+    absmax_scale: Tensor | None,
+    absmax_map: Tensor | None,
+    absmax_offset: Tensor | None,
+    block_size: int,
+    first_row: int,
+    out: Tensor,
+) -> None:
+    """`reference.dequantize_nf4` for checked, contiguous CPU tensors."""
+    _library().ladder_dequantize_nf4(
+        packed.data_ptr(),
+        codebook.data_ptr(),
+        absmax.data_ptr(),
+        None if absmax_scale is None else absmax_scale.data_ptr(),
+        None if absmax_map is None else absmax_map.data_ptr(),
+        None if absmax_offset is None else absmax_offset.data_ptr(),
+        block_size,
+        first_row * out.shape[1],
+        out.numel(),
+        _DTYPE_CODES[out.dtype],
+        out.data_ptr(),
+        torch.get_num_threads(),
+    )
+
+
+def quantize_nf4(weight: Tensor, thresholds: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """`reference.quantize_nf4` for a checked, contiguous CPU tensor."""
+    count = weight.numel()
+    packed = torch.empty((count + 1) // 2, dtype=torch.uint8)
+    absmax = torch.empty(-(-count // block_size), dtype=torch.float32)
+    _library().ladder_quantize_nf4(
+        weight.data_ptr(),
+        _DTYPE_CODES[weight.dtype],
+        thresholds.data_ptr(),
+        count,
+        block_size,
+        packed.data_ptr(),
+        absmax.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return packed, absmax
+
+
+def _library() -> ctypes.CDLL:
+    library = _load().library
+    if library is None:
+        raise RuntimeError("the native library is absent: ask available() first")
+    return library
+
+
+@functools.cache
+def _load() -> _Loaded:
+    override = os.environ.get("LADDER_NATIVE_LIB")
+    # An editable install adds a folder to __path__ and puts the library there, not beside this file.
+    candidates = [Path(override)] if override else [Path(entry) / LIBRARY_NAME for entry in _package_path()]
+    path = next((candidate for candidate in candidates if candidate.is_file()), None)
+    if path is None:
+        places = ", ".join(str(candidate) for candidate in candidates)
+        source = "LADDER_NATIVE_LIB names a file that does not exist" if override else "it was not built"
+        hint = "unset the variable" if override else "reinstall with `pip install -v .` to see CMake's output"
+        return _Loaded(None, None, f"no native library, {source} (looked for {places}): {hint}")
+    try:
+        library = ctypes.CDLL(str(path))
+        library.ladder_abi_version.restype = _int32
+        version = library.ladder_abi_version()
+    except (OSError, AttributeError) as error:
+        return _Loaded(None, None, f"the native library {path} does not load: {error}")
+    if version != ABI_VERSION:
+        reason = f"the native library {path} has ABI version {version}, expected {ABI_VERSION}: reinstall the package"
+        return _Loaded(None, None, reason)
+    for name, (argtypes, restype) in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = argtypes, restype
+    isa = os.environ.get("LADDER_CPU_ISA", "")
+    if library.ladder_select_isa(isa.encode()) != 0:
+        offered = ", ".join(name for name in ISAS if library.ladder_isa_available(name.encode()))
+        raise ValueError(f"LADDER_CPU_ISA: expected one of the sets available here ({offered}), got {isa!r}; unset it")
+    return _Loaded(library, path, f"loaded {path}")
+
+
+@functools.cache
+def _warn_absent(reason: str) -> None:
+    message = f"ladder_kernels: {reason}. CPU kernels run in plain torch, same results, slower; see `ladder info`."
+    warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+def _package_path() -> list[str]:
+    return list(sys.modules["ladder_kernels"].__path__)

@@ -1,0 +1,194 @@
+"""Plain-torch twin of every op: the truth for tests, the baseline for benchmarks, the fallback without a native kernel.
+
+Signatures are those of the `torch.library` ops (`nf4_linear` needs no panel). Arguments are taken as checked.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+IGNORED_TARGET = -100
+ABSMAX_BLOCK = 256  # scales per block of double quantization
+
+_CHUNK = 1 << 20  # weights processed at a time, so that temporaries stay in the cache; a multiple of every block size
+_SMALLEST_ABSMAX = 1e-38  # bitsandbytes' floor: an all-zero block divides by this
+_GRADIENT_CHUNK_BYTES = 8 << 20
+
+
+def quantize_nf4(weight: Tensor, thresholds: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
+    """Encode a matrix: per block, absmax = max |w| and code = number of thresholds below w / absmax.
+
+    As bitsandbytes 0.50.2 does on a CPU: full blocks multiply by the reciprocal of absmax, a partial last block divides
+    by absmax; NaN counts every threshold; an odd count is padded with a zero.
+
+    Args:
+        weight: [N, K] fp32, bf16 or fp16, contiguous.
+        thresholds: fp32 [15], ascending.
+
+    Returns:
+        packed uint8 [ceil(N*K/2)] and absmax fp32 [ceil(N*K/block_size)].
+    """
+    flat = weight.view(-1)
+    count = flat.numel()
+    packed = torch.empty((count + 1) // 2, dtype=torch.uint8, device=weight.device)
+    absmax = torch.empty(-(-count // block_size), dtype=torch.float32, device=weight.device)
+    full = count - count % block_size
+    for begin in range(0, full, _CHUNK):
+        end = min(begin + _CHUNK, full)
+        blocks = flat[begin:end].float().view(-1, block_size)
+        scale = blocks.abs().amax(dim=1)
+        absmax[begin // block_size : end // block_size] = scale
+        scaled = blocks * (1.0 / scale.clamp(min=_SMALLEST_ABSMAX))[:, None]
+        _pack(torch.bucketize(scaled.view(-1), thresholds, out_int32=True), packed[begin // 2 : end // 2])
+    if full < count:
+        block = flat[full:].float()
+        absmax[-1] = block.abs().amax().clamp(min=_SMALLEST_ABSMAX)
+        scaled = F.pad(block / absmax[-1], (0, block.numel() % 2))
+        _pack(torch.bucketize(scaled, thresholds, out_int32=True), packed[full // 2 :])
+    return packed, absmax
+
+
+def quantize_absmax(absmax: Tensor, absmax_map: Tensor, absmax_offset: Tensor) -> tuple[Tensor, Tensor]:
+    """Encode fp32 scales to 8 bits: the second level of double quantization.
+
+    As bitsandbytes 0.50.2 does on a CPU: v = (absmax - offset) / max |absmax - offset| in a block is rounded to one of
+    65536 steps, and the step's value to the nearest entry of the map. NaN and a block of zeros become code 0.
+
+    Args:
+        absmax: fp32 [blocks].
+        absmax_map: fp32 [256], ascending.
+        absmax_offset: fp32 0-dim.
+
+    Returns:
+        codes uint8 [blocks] and their scale fp32 [ceil(blocks/256)].
+    """
+    count = absmax.numel()
+    blocks = F.pad(absmax - absmax_offset, (0, -count % ABSMAX_BLOCK)).view(-1, ABSMAX_BLOCK)
+    magnitude = blocks.abs()
+    scale = torch.where(magnitude.isnan(), 0.0, magnitude).amax(dim=1)
+    scaled = (blocks * (1.0 / scale)[:, None]).view(-1)[:count]
+    invalid = scaled.isnan()
+    steps = ((scaled.clamp(-1.0, 1.0) + 1.0) * 0.5 * 65535 + 0.5).masked_fill(invalid, 0.0).floor()
+    midpoints = (absmax_map[:-1] + absmax_map[1:]) / 2
+    codes = torch.bucketize(steps / 65535 * 2 - 1, midpoints, out_int32=True)
+    return codes.masked_fill(invalid, 0).to(torch.uint8), scale
+
+
+def dequantize_nf4(
+    packed: Tensor,
+    absmax: Tensor,
+    codebook: Tensor,
+    absmax_scale: Tensor | None,
+    absmax_map: Tensor | None,
+    absmax_offset: Tensor | None,
+    block_size: int,
+    first_row: int,
+    out: Tensor,
+) -> None:
+    """Decode rows [first_row, first_row + P) of a matrix into out [P, K]: codebook value * absmax, rounded once.
+
+    With double quantization absmax = absmax_map[code] * absmax_scale[block // 256] + absmax_offset, the product rounded
+    before the sum.
+    """
+    flat = out.view(-1)
+    start = first_row * out.shape[1]
+    for begin in range(0, flat.numel(), _CHUNK):
+        target = flat[begin : begin + _CHUNK]
+        first, end = start + begin, start + begin + target.numel()
+        octets = packed[first // 2 : (end + 1) // 2]
+        codes = torch.stack((octets >> 4, octets & 15), dim=1).view(-1)[first % 2 :][: target.numel()]
+        first_block, end_block = first // block_size, -(-end // block_size)
+        scale = absmax[first_block:end_block]
+        if absmax_scale is not None and absmax_map is not None and absmax_offset is not None:
+            index = torch.arange(first_block, end_block, device=absmax.device) // ABSMAX_BLOCK
+            scale = absmax_map[scale.int()] * absmax_scale[index] + absmax_offset
+        scale = scale.repeat_interleave(block_size)[first % block_size :][: target.numel()]
+        target.copy_(codebook[codes.int()] * scale)
+
+
+def nf4_linear(
+    x: Tensor,
+    packed: Tensor,
+    absmax: Tensor,
+    codebook: Tensor,
+    absmax_scale: Tensor | None,
+    absmax_map: Tensor | None,
+    absmax_offset: Tensor | None,
+    bias: Tensor | None,
+    block_size: int,
+    rows: int,
+) -> Tensor:
+    """x @ W^T + bias with the whole W [N, K] decoded to x.dtype: the simplest thing that is right."""
+    weight = x.new_empty(rows, x.shape[-1])
+    dequantize_nf4(packed, absmax, codebook, absmax_scale, absmax_map, absmax_offset, block_size, 0, weight)
+    return F.linear(x, weight, bias)
+
+
+def tap(h: Tensor, weight: Tensor, state: Tensor | None, gate: Tensor | None) -> Tensor:
+    """z = h @ weight^T; without state z, without gate state + z, else gate * state + (1 - gate) * z. In h.dtype."""
+    z = h @ weight.to(h.dtype).T
+    if state is None:
+        return z
+    if gate is None:
+        return z.add_(state)
+    return z.mul_(1 - gate).add_(gate * state)
+
+
+def tap_weight_gradient(dout: Tensor, h: Tensor, dtype: torch.dtype) -> Tensor:
+    """dout^T @ h: [T, S], [T, D] -> [S, D] in `dtype`, multiplied and accumulated in the wider of the two dtypes."""
+    wide = torch.promote_types(dtype, h.dtype)
+    if wide == h.dtype:
+        return (dout.T @ h).to(dtype)
+    dweight = dout.new_empty(dout.shape[1], h.shape[1], dtype=dtype)
+    wide_dout = dout.to(wide)
+    columns = max(1, _GRADIENT_CHUNK_BYTES // (max(1, h.shape[0]) * wide.itemsize))
+    for begin in range(0, h.shape[1], columns):
+        # A wider copy of all of h would be larger than the activation itself.
+        dweight[:, begin : begin + columns] = wide_dout.T @ h[:, begin : begin + columns].to(wide)
+    return dweight
+
+
+def linear_cross_entropy(
+    hidden: Tensor, head_weight: Tensor, targets: Tensor, logits: Tensor, wide_logits: Tensor | None, need_grad: bool
+) -> tuple[Tensor, Tensor]:
+    """Sum over rows of -log softmax(hidden @ head_weight^T)[target], and its gradient to hidden in the same pass.
+
+    Rows go through `logits` in chunks: product, softmax, its gradient and nothing else, all in that memory.
+
+    Args:
+        hidden: [R, D].
+        head_weight: [V, D] in the dtype of hidden.
+        targets: int64 [R]; -100 contributes nothing.
+        logits: scratch [chunk, V] in the dtype of hidden.
+        wide_logits: fp32 scratch [chunk, V] where hidden has 16 bits, else None: softmax is computed in at least fp32.
+        need_grad: whether to compute the gradient.
+
+    Returns:
+        The 0-dim sum in fp32 (fp64 for fp64), and dhidden [R, D] (empty [0] without need_grad).
+    """
+    accumulate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    losses = hidden.new_zeros(hidden.shape[0], dtype=accumulate)
+    dhidden = torch.empty_like(hidden) if need_grad else hidden.new_empty(0)
+    counted = targets != IGNORED_TARGET
+    columns = torch.where(counted, targets, 0)[:, None]
+    for begin in range(0, hidden.shape[0], logits.shape[0]):
+        rows = slice(begin, begin + logits.shape[0])
+        size = hidden[rows].shape[0]
+        narrow = torch.mm(hidden[rows], head_weight.T, out=logits[:size])
+        p = narrow if wide_logits is None else wide_logits[:size].copy_(narrow)
+        p.sub_(p.amax(dim=1, keepdim=True))
+        target_logit = p.gather(1, columns[rows])
+        total = p.exp_().sum(dim=1, keepdim=True)
+        losses[rows] = torch.where(counted[rows], (total.log() - target_logit).view(-1), 0.0)
+        if need_grad:
+            p.div_(total).scatter_add_(1, columns[rows], p.new_full((size, 1), -1.0))
+            p.masked_fill_(~counted[rows, None], 0.0)
+            torch.mm(p if wide_logits is None else narrow.copy_(p), head_weight, out=dhidden[rows])
+    return losses.sum(), dhidden
+
+
+def _pack(codes: Tensor, packed: Tensor) -> None:
+    pairs = codes.view(-1, 2)
+    packed.copy_((pairs[:, 0] << 4) | pairs[:, 1])

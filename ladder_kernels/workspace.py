@@ -1,0 +1,41 @@
+"""Scratch memory that is allocated once and reused: decode panels, loss chunks."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+class Workspace:
+    """Named, reusable scratch buffers.
+
+    A buffer grows to the largest size ever taken under its name and is then handed out again and again, so that a
+    training loop allocates no scratch after its first step. Two live tensors need two names: taking a name again
+    hands out the same memory. Contents are undefined.
+    """
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, torch.device], Tensor] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+        """A contiguous tensor of the given shape inside the buffer `name` of that device."""
+        key = (name, torch.device(device))
+        needed = math.prod(shape) * dtype.itemsize
+        buffer = self._buffers.get(key)
+        if buffer is None or buffer.numel() < needed:
+            # Drop the old buffer first, so that both are never alive together.
+            self._buffers.pop(key, None)
+            del buffer
+            buffer = self._buffers[key] = torch.empty(needed, dtype=torch.uint8, device=device)
+        return buffer[:needed].view(dtype).view(shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held now."""
+        return sum(buffer.numel() for buffer in self._buffers.values())
+
+    def clear(self) -> None:
+        """Give the memory back; later takes allocate again."""
+        self._buffers.clear()

@@ -1,0 +1,71 @@
+"""Fixtures of all tests. Runs before anything imports torch."""
+
+from __future__ import annotations
+
+import os
+
+# The oracle compiles its own reference ops on ragged shapes, for seconds each.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from ladder_kernels import native
+
+KERNEL_TESTS = ("test_nf4", "test_nf4_linear", "test_tap", "test_linear_cross_entropy", "test_ops", "test_native")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In kernel tests fresh memory holds NaN (integers: all bits set), so reading what nobody wrote is seen."""
+    if request.module.__name__ not in KERNEL_TESTS:
+        return
+
+    def poisoned(allocate: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        def wrapper(*args: Any, **kwargs: Any) -> torch.Tensor:
+            tensor = allocate(*args, **kwargs)
+            if type(tensor) is not torch.Tensor or tensor.device.type == "meta" or tensor.dtype == torch.bool:
+                return tensor
+            with torch.no_grad():
+                if tensor.is_floating_point():
+                    return tensor.fill_(float("nan"))
+                return tensor.fill_(255 if tensor.dtype == torch.uint8 else -1)
+
+        return wrapper
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+
+
+def require_native() -> None:
+    """Skip, or fail under LADDER_REQUIRE_NATIVE=1, where the native library is absent."""
+    status = native.status()
+    if status.implementation != "native":
+        message = f"needs the native library: {status.reason}"
+        if os.environ.get("LADDER_REQUIRE_NATIVE") == "1":
+            pytest.fail(message)
+        pytest.skip(message)
+
+
+@pytest.fixture(params=["reference", *native.ISAS])
+def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Runs the test once per implementation: plain torch, and every instruction set of the native library."""
+    if request.param == "reference":
+        monkeypatch.setattr(native, "available", lambda: False)
+        yield request.param
+        return
+    require_native()
+    if request.param not in native.available_isas():
+        pytest.skip(f"this CPU or build cannot run {request.param}")
+    selected = native.status().isa
+    native.select_isa(request.param)
+    yield request.param
+    native.select_isa(selected or "")

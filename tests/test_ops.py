@@ -1,0 +1,137 @@
+"""Every `torch.library` op: schema, fake kernel and autograd registration, checked by torch itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ladder_kernels import Workspace, dequantize_nf4, linear_cross_entropy, nf4_linear, quantize_nf4, tap
+
+# (T, K, N): aligned, ragged, tiny
+SHAPES = [(8, 64, 32), (5, 13, 7), (1, 1, 1)]
+DTYPES = [torch.float32, torch.bfloat16]
+
+
+def opcheck(op, arguments) -> None:
+    torch.library.opcheck(op, arguments)
+
+
+@pytest.mark.parametrize("double_quant", [False, True], ids=["plain", "double"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_dequantize_nf4(shape, dtype, double_quant):
+    _, cols, rows = shape
+    weight = quantize_nf4(torch.randn(rows, cols), double_quant=double_quant)
+    opcheck(
+        torch.ops.ladder.dequantize_nf4.default, (*weight.op_arguments(), 64, 0, torch.zeros(rows, cols, dtype=dtype))
+    )
+
+
+@pytest.mark.parametrize("with_bias", [False, True], ids=["no_bias", "bias"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_nf4_linear(shape, dtype, with_bias):
+    tokens, cols, rows = shape
+    weight = quantize_nf4(torch.randn(rows, cols))
+    bias = torch.randn(rows, dtype=dtype) if with_bias else None
+    x, panel = torch.randn(tokens, cols, dtype=dtype), torch.zeros(max(1, rows // 2), cols, dtype=dtype)
+    opcheck(torch.ops.ladder.nf4_linear.default, (x, *weight.op_arguments(), bias, 64, rows, panel))
+
+
+@pytest.mark.parametrize("merge", ["first", "sum", "gate"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_tap(shape, dtype, merge):
+    tokens, width, side = shape
+    weight = torch.randn(side, width, requires_grad=True)
+    state = None if merge == "first" else torch.randn(tokens, side, dtype=dtype, requires_grad=True)
+    gate = torch.tensor(0.3, requires_grad=True) if merge == "gate" else None
+    opcheck(torch.ops.ladder.tap.default, (torch.randn(tokens, width, dtype=dtype), weight, state, gate))
+
+
+@pytest.mark.parametrize("need_grad", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_linear_cross_entropy(shape, dtype, need_grad):
+    rows, width, vocabulary = shape
+    targets = torch.randint(0, vocabulary, (rows,))
+    logits = torch.zeros(2, vocabulary, dtype=dtype)
+    wide_logits = None if dtype == torch.float32 else torch.zeros(2, vocabulary)
+    hidden, head_weight = torch.randn(rows, width, dtype=dtype), torch.randn(vocabulary, width, dtype=dtype)
+    opcheck(
+        torch.ops.ladder.linear_cross_entropy.default, (hidden, head_weight, targets, logits, wide_logits, need_grad)
+    )
+
+
+class Recorder(TorchDispatchMode):
+    """Names of the `ladder` ops that pass the dispatcher."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "ladder":
+            self.names.append(func.__name__.split(".")[0])
+        return func(*args, **(kwargs or {}))
+
+
+def run_all(x: torch.Tensor, weight, side: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, workspace) -> list:
+    decoded = dequantize_nf4(weight, torch.float32)
+    with torch.no_grad():
+        projected = nf4_linear(x, weight, workspace=workspace)
+    state = tap(projected, side)
+    loss = linear_cross_entropy(state, head, targets, workspace=workspace)
+    loss.backward()
+    return [decoded, projected, state.detach(), loss.detach(), side.grad]
+
+
+def arguments():
+    return (
+        torch.randn(6, 13),
+        quantize_nf4(torch.randn(9, 13)),
+        torch.randn(4, 9, requires_grad=True),
+        torch.randn(11, 4),
+        torch.randint(0, 11, (6,)),
+        Workspace(),
+    )
+
+
+def test_dispatch_modes_see_the_ops_and_change_nothing():
+    x, weight, side, head, targets, workspace = arguments()
+    expected = run_all(x, weight, side, head, targets, workspace)
+    side.grad = None
+    with Recorder() as recorder:
+        actual = run_all(x, weight, side, head, targets, workspace)
+    assert recorder.names == ["dequantize_nf4", "nf4_linear", "tap", "linear_cross_entropy"]
+    for one, other in zip(actual, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_fake_tensors_have_the_shapes_of_real_ones():
+    x, weight, side, head, targets, workspace = arguments()
+    expected = run_all(x, weight, side, head, targets, workspace)
+    side_values = side.detach()
+    with FakeTensorMode() as mode:
+        fake_side = mode.from_tensor(side_values).requires_grad_()
+        fake = run_all(
+            mode.from_tensor(x), weight.map(mode.from_tensor), fake_side, mode.from_tensor(head),
+            mode.from_tensor(targets), Workspace(),
+        )  # fmt: skip
+    for one, other in zip(fake, expected, strict=True):
+        assert (one.shape, one.dtype, one.device) == (other.shape, other.dtype, other.device)
+
+
+def test_workspace_reuses_and_grows():
+    workspace = Workspace()
+    first = workspace.take("a", (4, 8), torch.float32)
+    assert first.shape == (4, 8) and first.is_contiguous()
+    assert workspace.take("a", (2, 4), torch.bfloat16).data_ptr() == first.data_ptr()
+    assert workspace.take("b", (4, 8), torch.float32).data_ptr() != first.data_ptr()
+    assert workspace.nbytes == 2 * 4 * 8 * 4
+    workspace.take("a", (100,), torch.float64)
+    assert workspace.nbytes == 800 + 4 * 8 * 4
+    workspace.clear()
+    assert workspace.nbytes == 0
