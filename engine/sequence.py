@@ -1,8 +1,8 @@
 """How flattened rows form sequences, and causal attention over them.
 
-Everything in the engine works on rows `[T, D]` without a batch dimension: padding is dropped on entry, so a padded batch,
-a packed row of documents and one long document are the same thing, and no attention mask exists in training. Only cached
-decoding keeps a batch dimension, because its rows grow in step.
+Everything in the engine works on rows `[T, D]` without a batch dimension: padding is dropped on entry, so a padded
+batch, a packed row of documents and one long document are the same thing, and no attention mask exists in training.
+Only cached decoding keeps a batch dimension, because its rows grow in step.
 """
 
 from __future__ import annotations

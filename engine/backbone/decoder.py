@@ -1,0 +1,239 @@
+"""The forward pass of a frozen decoder, one for all families: rows in, hidden states out, nothing kept.
+
+    h_0 = embedding[ids]
+    a   = h_i + W_o attention(rope(norm(W_q x)), rope(norm(W_k x)), W_v x),   x = RMSNorm(h_i)
+    h_{i+1} = a + W_down(silu(W_gate x) * W_up x),                            x = RMSNorm(a)
+
+There is no batch dimension: hidden states are [T, D] and a `SequenceLayout` says which rows form documents.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import AutoTokenizer, DynamicCache, PreTrainedConfig, PreTrainedTokenizerBase
+
+from engine.backbone.families import BackboneConfig, rotary_frequencies
+from engine.sequence import SequenceLayout, apply_rotary, attention, rotary_table
+from ladder_kernels import NF4Weight, Workspace, nf4_linear
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """weight * (x / sqrt(mean(x^2) + epsilon)), x [..., D], weight [D].
+
+    Computed in at least fp32 and rounded to x.dtype before the multiplication with the weight, as transformers does.
+    """
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+    return weight * wide.to(x.dtype)
+
+
+@dataclass
+class Linear:
+    """A frozen y = x W^T + b with W [N, K] packed NF4 or dense, b [N] or None."""
+
+    weight: NF4Weight | Tensor
+    bias: Tensor | None = None
+
+    def __call__(self, x: Tensor, workspace: Workspace) -> Tensor:
+        if isinstance(self.weight, NF4Weight):
+            return nf4_linear(x, self.weight, self.bias, workspace=workspace)
+        return F.linear(x, self.weight, self.bias)
+
+
+@dataclass
+class Block:
+    """The frozen weights of one decoder block."""
+
+    attention_norm: Tensor
+    query: Linear
+    key: Linear
+    value: Linear
+    output: Linear
+    mlp_norm: Tensor
+    gate: Linear
+    up: Linear
+    down: Linear
+    query_norm: Tensor | None = None
+    key_norm: Tensor | None = None
+
+
+class Backbone:
+    """A frozen pretrained decoder. Not an nn.Module: its weights are no parameters and belong to no state dict.
+
+    Attributes:
+        config: what the forward pass depends on.
+        hf_config: the transformers config object it was read from.
+        source: path or hub id as the user gave it.
+        folder: where the checkpoint's files lie, None for a backbone built in memory.
+        embedding: [V, D]; blocks: one `Block` per layer; norm_weight: [D].
+        head_weight: [V, D], the same tensor as `embedding` where the family ties them.
+    """
+
+    def __init__(
+        self,
+        config: BackboneConfig,
+        hf_config: PreTrainedConfig,
+        embedding: Tensor,
+        blocks: list[Block],
+        norm_weight: Tensor,
+        head_weight: Tensor,
+        *,
+        source: str = "",
+        folder: Path | None = None,
+        fingerprint: str = "",
+    ) -> None:
+        self.config = config
+        self.hf_config = hf_config
+        self.embedding = embedding
+        self.blocks = blocks
+        self.norm_weight = norm_weight
+        self.head_weight = head_weight
+        self.source = source
+        self.folder = folder
+        self._fingerprint = fingerprint
+        frequencies, self._rotary_scale = rotary_frequencies(hf_config)
+        self._frequencies = frequencies.to(embedding.device)
+        self._workspace = Workspace()
+
+    @property
+    def device(self) -> torch.device:
+        return self.embedding.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The floating type of hidden states."""
+        return self.embedding.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all weights, a tied head counted once."""
+        sizes = {id(weight): weight.nbytes for weight in self._weights()}
+        return sum(sizes.values())
+
+    def fingerprint(self) -> str:
+        """sha256 in hex that identifies the backbone an adapter was trained on.
+
+        Taken while loading over the config, a sample of every tensor as stored in the checkpoint (values, not the type
+        they are stored in) and how the linears are quantized. So it differs between dense, NF4 and double-quantized NF4
+        of one checkpoint, and is the same for every device, compute dtype and thread count.
+
+        Raises:
+            ValueError: the backbone was not loaded from a checkpoint.
+        """
+        if not self._fingerprint:
+            raise ValueError("this backbone has no fingerprint: expected one loaded by load_backbone")
+        return self._fingerprint
+
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer saved beside the weights.
+
+        Raises:
+            ValueError: the backbone has no folder, or the folder holds no usable tokenizer.
+        """
+        if self.folder is None:
+            raise ValueError("this backbone was built in memory: expected one loaded by load_backbone")
+        try:
+            return AutoTokenizer.from_pretrained(self.folder, trust_remote_code=False, local_files_only=True)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"no usable tokenizer in {self.folder}: {error}") from error
+
+    def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [T, head_dim] in the compute dtype for int64 positions [T]."""
+        return rotary_table(positions, self._frequencies, self.dtype, self._rotary_scale)
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """h_0 [T, D] of int64 ids [T]."""
+        return F.embedding(input_ids, self.embedding)
+
+    def hidden_states(
+        self, input_ids: Tensor, layout: SequenceLayout, cache: DynamicCache | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Yield (0, h_0), (1, h_1) .. (L, h_L), each [T, D], without gradients.
+
+        Gradients are off only while the backbone computes, so the consumer's own grad mode holds between yields. A
+        yielded tensor is never written to, and lives no longer than the consumer and the next attention need it.
+
+        Args:
+            input_ids: int64 [T].
+            layout: documents of the T rows; with a cache, `SequenceLayout.cached`.
+            cache: keys and values of earlier columns, extended in place at layers 0 .. L-1.
+        """
+        with torch.no_grad():
+            rotary = self.rotary(layout.positions)
+            hidden = self.embed(input_ids)
+        yield 0, hidden
+        for index, block in enumerate(self.blocks):
+            with torch.no_grad():
+                hidden = hidden + self._attention(block, index, hidden, rotary, layout, cache)
+                hidden.add_(self._mlp(block, hidden))
+            yield index + 1, hidden
+
+    def _attention(
+        self,
+        block: Block,
+        index: int,
+        hidden: Tensor,
+        rotary: tuple[Tensor, Tensor],
+        layout: SequenceLayout,
+        cache: DynamicCache | None,
+    ) -> Tensor:
+        config = self.config
+        x = rms_norm(hidden, block.attention_norm, config.rms_norm_eps)
+        query = block.query(x, self._workspace).unflatten(-1, (config.num_heads, config.head_dim))
+        key = block.key(x, self._workspace).unflatten(-1, (config.num_kv_heads, config.head_dim))
+        value = block.value(x, self._workspace).unflatten(-1, (config.num_kv_heads, config.head_dim))
+        if block.query_norm is not None and block.key_norm is not None:
+            query = rms_norm(query, block.query_norm, config.rms_norm_eps)
+            key = rms_norm(key, block.key_norm, config.rms_norm_eps)
+        query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
+        mixed = attention(query, key, value, layout, window=config.layer_windows[index], cache=cache, layer=index)
+        return block.output(mixed, self._workspace)
+
+    def _mlp(self, block: Block, hidden: Tensor) -> Tensor:
+        x = rms_norm(hidden, block.mlp_norm, self.config.rms_norm_eps)
+        inner = F.silu(block.gate(x, self._workspace), inplace=True)
+        return block.down(inner.mul_(block.up(x, self._workspace)), self._workspace)
+
+    def final_norm(self, y: Tensor) -> Tensor:
+        """The frozen final RMSNorm of y [R, D]; differentiable in y."""
+        return rms_norm(y, self.norm_weight, self.config.rms_norm_eps)
+
+    def apply_(self, function: Callable[[Tensor], Tensor]) -> Backbone:
+        """Replace every weight by function(weight), as `nn.Module._apply` does for parameters.
+
+        Packed weights and rotary frequencies follow only the device: their fp32 scales are part of a format and do not
+        change with the compute dtype.
+        """
+        tied = self.head_weight is self.embedding
+        self.embedding = function(self.embedding)
+        self.head_weight = self.embedding if tied else function(self.head_weight)
+        self.norm_weight = function(self.norm_weight)
+        self._frequencies = self._frequencies.to(self.device)
+        for block in self.blocks:
+            for entry in fields(block):
+                value = getattr(block, entry.name)
+                if isinstance(value, Linear):
+                    is_packed = isinstance(value.weight, NF4Weight)
+                    value.weight = value.weight.to(self.device) if is_packed else function(value.weight)
+                    value.bias = None if value.bias is None else function(value.bias)
+                elif value is not None:
+                    setattr(block, entry.name, function(value))
+        self._workspace = Workspace()
+        return self
+
+    def _weights(self) -> Iterator[NF4Weight | Tensor]:
+        yield from (self.embedding, self.norm_weight, self.head_weight)
+        for block in self.blocks:
+            for entry in fields(block):
+                value = getattr(block, entry.name)
+                if isinstance(value, Linear):
+                    yield value.weight
+                    value = value.bias
+                if value is not None:
+                    yield value
