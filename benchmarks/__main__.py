@@ -1,0 +1,131 @@
+"""Command line: `python -m benchmarks list`, `python -m benchmarks NAME [options]`."""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from benchmarks.kernels_path import kernels_notice
+from benchmarks.measure import CaseResult, measure_case
+from benchmarks.provenance import FOREIGN_LOAD_LIMIT_PERCENT, mark_of, provenance
+from benchmarks.registry import Benchmark, Case, Context, find_benchmark, load_benchmarks
+from benchmarks.results import RESULTS_FOLDER, append_csv, check_header, csv_rows, table, write_json
+
+EXIT_USAGE = 2
+EXIT_FOREIGN_LOAD = 3
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        0; 2 for a wrong argument or a missing competitor; 3 where other processes took too much of the CPU (rows are
+        written, but marked).
+    """
+    options = _parser().parse_args(arguments)
+    if options.name == "list":
+        print(_listing())
+        return 0
+    try:
+        return _run(options)
+    except ModuleNotFoundError as error:
+        print(f"error: {error}; competitors come with `pip install -e '.[peers]'`", file=sys.stderr)
+        return EXIT_USAGE
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USAGE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser.add_argument("name", metavar="NAME", help="a benchmark, or `list`")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument(
+        "--cases", nargs="+", metavar="PATTERN", help="case names, wildcards allowed; default: all of this device"
+    )
+    parser.add_argument("--seconds", type=float, help="time budget of the timing phase of a case")
+    parser.add_argument(
+        "--out", type=Path, metavar="CSV", help="results file to append to; default: benchmarks/results/NAME.csv"
+    )
+    parser.add_argument(
+        "--json", type=Path, metavar="FILE", help="also write every metric of this run as a list of objects"
+    )
+    return parser
+
+
+def _listing() -> str:
+    lines = []
+    for benchmark in load_benchmarks().values():
+        lines.append(f"{benchmark.name}: {benchmark.summary}")
+        lines.append(f"  implementations: {', '.join(item.name for item in benchmark.implementations)}")
+        lines += [f"  {case.name} ({', '.join(case.devices)})" for case in benchmark.cases]
+    return "\n".join(lines)
+
+
+def _run(options: argparse.Namespace) -> int:
+    benchmark = find_benchmark(options.name)
+    device = torch.device(options.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: expected a CUDA device, torch finds none; use --device cpu")
+    seconds = benchmark.seconds if options.seconds is None else options.seconds
+    cases = select_cases(benchmark, device.type, options.cases)
+    out = RESULTS_FOLDER / f"{benchmark.name}.csv" if options.out is None else options.out
+    if out.exists():
+        check_header(out)
+    facts = provenance(device)
+    print(" | ".join(f"{name} {value}" for name, value in facts.items() if value))
+    print(kernels_notice(device), flush=True)
+    results: list[CaseResult] = []
+    with tempfile.TemporaryDirectory(prefix="ladder-benchmark-") as folder:
+        for case in cases:
+            result = measure_case(benchmark, case, Context(device, Path(folder)), seconds)
+            append_csv(out, csv_rows(result, facts))
+            results.append(result)
+            print(f"\n{table(result)}", flush=True)
+    if options.json is not None:
+        write_json(options.json, results)
+    print(f"\nrows appended to {out}")
+    return _load_verdict(results)
+
+
+def select_cases(benchmark: Benchmark, device_type: str, patterns: Sequence[str] | None) -> list[Case]:
+    """Cases meant for the device, or those whose names match a pattern (the toy case only by its name).
+
+    Raises:
+        ValueError: a pattern matches nothing.
+    """
+    if patterns is None:
+        return [case for case in benchmark.cases if device_type in case.devices]
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(case.name, pattern) for case in (*benchmark.cases, benchmark.toy)):
+            raise ValueError(
+                f"--cases: {pattern!r} matches no case of {benchmark.name}; `python -m benchmarks list` shows them"
+            )
+    return [
+        case
+        for case in (*benchmark.cases, benchmark.toy)
+        if any(fnmatch.fnmatchcase(case.name, pattern) for pattern in patterns)
+        and (case is not benchmark.toy or case.name in patterns)
+    ]
+
+
+def _load_verdict(results: Sequence[CaseResult]) -> int:
+    """Exit status, after saying on stderr which cases other processes have spoilt."""
+    loaded = [result for result in results if mark_of(result.foreign_percent) == "foreign_load"]
+    for result in loaded:
+        print(
+            f"{result.case.name}: other processes took {result.foreign_percent:.0f}% of the CPU, more than "
+            f"{FOREIGN_LOAD_LIMIT_PERCENT:.0f}%: rows are marked, ratios mean nothing; run again on an idle machine",
+            file=sys.stderr,
+        )
+    return EXIT_FOREIGN_LOAD if loaded else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

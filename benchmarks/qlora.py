@@ -1,0 +1,59 @@
+"""QLoRA as its users run it: transformers + peft + bitsandbytes, the competitor of `train_step`.
+
+The recipe is peft's: `prepare_model_for_kbit_training` (norms, embedding and head in fp32, gradient checkpointing),
+LoRA of rank 16 on all linears of the blocks, and a trainer with `bf16=True`, that is, autocast. NF4 with double
+quantization.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+LORA_RANK = 16
+_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def load_qlora_model(folder: Path, device: torch.device, dtype: torch.dtype, checkpointing: bool) -> nn.Module:
+    """The checkpoint in `folder` (NF4, written by `shapes.write_random_checkpoint`) with trainable adapters.
+
+    Args:
+        folder: local checkpoint in bitsandbytes' layout.
+        device: where the model lives.
+        dtype: in which the dequantized weights multiply.
+        checkpointing: recompute activations in backward, peft's default, instead of keeping them.
+    """
+    from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder)
+    config.quantization_config["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, config=config, dtype=torch.bfloat16, device_map={"": str(device)}
+    )
+    model = prepare_model_for_kbit_training(
+        model,
+        use_gradient_checkpointing=checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if checkpointing else None,
+    )
+    model.config.use_cache = False
+    adapters = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules=list(_LINEARS), task_type="CAUSAL_LM")
+    return get_peft_model(model, adapters).train()
+
+
+def qlora_loss(model: nn.Module, input_ids: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:
+    """Mean loss of the labels, under autocast where the dtype is a half one."""
+    with torch.autocast(input_ids.device.type, dtype, enabled=dtype != torch.float32):
+        return model(input_ids=input_ids, labels=labels).loss
+
+
+def bitsandbytes_path(device: torch.device) -> str:
+    """Which path a Linear4bit takes in a training step."""
+    if device.type == "cuda":
+        return "bitsandbytes gemm_4bit"
+    from bitsandbytes.functional import has_avx512bf16
+
+    note = "present, used for inference only" if has_avx512bf16() else "absent"
+    return f"bitsandbytes dequantize + F.linear (AVX512-BF16 path {note})"

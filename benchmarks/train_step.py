@@ -1,0 +1,121 @@
+"""One optimizer step (forward, loss, backward, AdamW) of our side networks against the same step of QLoRA.
+
+Same checkpoint files, same tokens, same labels (every token but the first), one run, taking turns. Every implementation
+lives in a process of its own, so that memory is its own; the others sleep on a pipe meanwhile. Memory growth
+(`step_mib`) is the peak of the resident set (CPU) or of allocated bytes (GPU) during the first two steps above the
+state after loading: activations, scratch, gradients and optimizer state. `build_and_step_mib` counts from before
+loading, so with the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.kernels_path import kernels_path
+from benchmarks.qlora import bitsandbytes_path, load_qlora_model, qlora_loss
+from benchmarks.registry import DTYPE_NAMES, TOY, Benchmark, Case, Context, Implementation, Runnable
+from benchmarks.shapes import model_shape, write_random_checkpoint
+
+REDUCTION_FACTOR = 16
+LEARNING_RATE = 1e-4
+
+
+def _prepare(case: Case, context: Context) -> None:
+    folder = context.folder / case.name
+    if not folder.exists():
+        write_random_checkpoint(model_shape(case.model, case.sizes["vocab"]), folder)
+
+
+def _batch(case: Case, context: Context) -> tuple[Tensor, Tensor]:
+    """Random token ids [B, T] and the same as labels, which the models shift."""
+    generator = torch.Generator().manual_seed(0)
+    size = (case.sizes["batch"], case.sizes["tokens"])
+    input_ids = torch.randint(case.sizes["vocab"], size, generator=generator).to(context.device)
+    return input_ids, input_ids.clone()
+
+
+def _ladder(preset: str) -> Callable[[Case, Context], Runnable]:
+    """A builder of our step with a preset of `LadderConfig`."""
+
+    def build(case: Case, context: Context) -> Runnable:
+        from engine import LadderConfig, LadderForCausalLM
+        from engine.backbone import load_backbone
+
+        backbone = load_backbone(context.folder / case.name, device=context.device)
+        config = LadderConfig.preset(preset, reduction_factor=REDUCTION_FACTOR)
+        model = LadderForCausalLM.from_backbone(backbone, config).train()
+        input_ids, labels = _batch(case, context)
+        return Runnable(
+            _step(model, lambda: model(input_ids=input_ids, labels=labels).loss),
+            details=f"{DTYPE_NAMES[backbone.dtype]} backbone, {_count_trainable(model)}",
+            kernels=kernels_path(context.device),
+        )
+
+    return build
+
+
+def _qlora(dtype: torch.dtype, checkpointing: bool) -> Callable[[Case, Context], Runnable]:
+    """A builder of QLoRA's step, multiplying in `dtype`, keeping activations or recomputing them."""
+
+    def build(case: Case, context: Context) -> Runnable:
+        model = load_qlora_model(context.folder / case.name, context.device, dtype, checkpointing)
+        input_ids, labels = _batch(case, context)
+        details = f"{DTYPE_NAMES[dtype]}, {_count_trainable(model)}, {bitsandbytes_path(context.device)}"
+        return Runnable(_step(model, lambda: qlora_loss(model, input_ids, labels, dtype)), details=details)
+
+    return build
+
+
+def _step(model: nn.Module, loss_of: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """The step both sides share, returning its loss; gradients are freed in between, as trainers do."""
+    optimizer = torch.optim.AdamW(
+        [parameter for parameter in model.parameters() if parameter.requires_grad], lr=LEARNING_RATE, fused=True
+    )
+
+    def step() -> Tensor:
+        loss = loss_of()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.detach()
+
+    return step
+
+
+def _count_trainable(model: nn.Module) -> str:
+    return f"{sum(p.numel() for p in model.parameters() if p.requires_grad) / 1e6:.2f} M trainable"
+
+
+def _case(name: str, model: str, tokens: int, vocab: int | None = None, *, devices: tuple[str, ...]) -> Case:
+    sizes = {"tokens": tokens, "batch": 1, "vocab": model_shape(model, vocab).vocab_size}
+    return Case(name, sizes, model=model, tokens=tokens, devices=devices)
+
+
+BENCHMARKS = (
+    Benchmark(
+        name="train_step",
+        summary="one optimizer step of ladder and xladder against QLoRA (transformers, peft, bitsandbytes)",
+        cases=(
+            _case("Qwen2.5-0.5B-v32000-t512", "Qwen2.5-0.5B", 512, 32000, devices=("cpu",)),
+            _case("Qwen2.5-0.5B-t2048", "Qwen2.5-0.5B", 2048, devices=("cuda",)),
+            _case("Llama-3.2-1B-t2048", "Llama-3.2-1B", 2048, devices=("cuda",)),
+            _case("Qwen2.5-7B-t2048", "Qwen2.5-7B", 2048, devices=("cuda",)),
+            _case("Llama-3.1-8B-t2048", "Llama-3.1-8B", 2048, devices=("cuda",)),
+        ),
+        toy=_case(TOY, "toy", 24, devices=("cpu", "cuda")),
+        implementations=(
+            Implementation("ladder", _ladder("ladder"), "ours"),
+            Implementation("xladder", _ladder("xladder"), "ours"),
+            Implementation("qlora", _qlora(torch.bfloat16, checkpointing=True)),
+            Implementation("qlora_kept", _qlora(torch.bfloat16, checkpointing=False)),
+            Implementation("qlora_fp32", _qlora(torch.float32, checkpointing=True)),
+            Implementation("qlora_fp32_kept", _qlora(torch.float32, checkpointing=False)),
+        ),
+        isolated=True,
+        seconds=60.0,
+        prepare=_prepare,
+    ),
+)

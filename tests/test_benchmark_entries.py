@@ -1,0 +1,151 @@
+"""Every registry entry runs and computes what it says, model shapes are the published ones, pytest-benchmark works."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.registry import (
+    TOY,
+    Benchmark,
+    Case,
+    Context,
+    Implementation,
+    find_benchmark,
+    load_benchmarks,
+)
+from benchmarks.shapes import SHAPES, model_shape, random_nf4_weight, write_random_checkpoint
+from ladder_kernels import dequantize_nf4
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+ENTRIES = [
+    pytest.param(benchmark, implementation, id=f"{benchmark.name}-{implementation.name}")
+    for benchmark in load_benchmarks().values()
+    for implementation in benchmark.implementations
+]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Toy problems: a second thread only waits for the first."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def context(tmp_path_factory: pytest.TempPathFactory) -> Context:
+    return Context(torch.device("cpu"), tmp_path_factory.mktemp("benchmark"))
+
+
+def _prepared(benchmark: Benchmark, context: Context) -> Benchmark:
+    if benchmark.prepare is not None:
+        benchmark.prepare(benchmark.toy, context)
+    return benchmark
+
+
+@pytest.mark.parametrize(("benchmark_entry", "implementation"), ENTRIES)
+def test_every_implementation_runs_at_its_toy_shape(
+    benchmark_entry: Benchmark, implementation: Implementation, context: Context
+) -> None:
+    benchmark = _prepared(benchmark_entry, context)
+    runnable = implementation.build(benchmark.toy, context)
+    runnable.call()
+    runnable.call()
+    runnable.close()
+    assert bool(runnable.kernels) == (implementation.kind == "ours")
+
+
+@pytest.mark.parametrize(("name", "tolerance"), [("nf4_linear", 1e-6), ("dequantize_nf4", 0.0)])
+def test_implementations_of_an_operation_compute_the_same(name: str, tolerance: float, context: Context) -> None:
+    benchmark = find_benchmark(name)
+    outputs = {item.name: item.build(benchmark.toy, context).call() for item in benchmark.implementations}
+    expected = outputs.pop("ladder_kernels").double()
+    for rival, output in outputs.items():
+        error = float((output.double() - expected).abs().max() / expected.abs().max())
+        assert error <= tolerance, rival
+
+
+def test_first_loss_of_every_train_step_is_that_of_the_same_backbone(context: Context) -> None:
+    """Side networks and adapters start as zero, so ladder, xladder and fp32 QLoRA must agree on the very first loss."""
+    benchmark = _prepared(find_benchmark("train_step"), context)
+    names = ("ladder", "xladder", "qlora_fp32", "qlora_fp32_kept")
+    losses = [benchmark.implementation(name).build(benchmark.toy, context).call() for name in names]
+    assert losses[0] == losses[1]
+    for name, loss in zip(names, losses, strict=True):
+        assert abs(float(loss) - float(losses[0])) <= 1e-5 * float(losses[0]), name
+
+
+def test_steps_train(context: Context) -> None:
+    benchmark = _prepared(find_benchmark("train_step"), context)
+    for name in ("ladder", "qlora"):
+        step = benchmark.implementation(name).build(benchmark.toy, context).call
+        losses = [float(step()) for _ in range(4)]
+        assert losses[-1] < losses[0], name
+
+
+def test_registry_refuses_two_cases_of_one_name() -> None:
+    case = Case("a", {})
+    with pytest.raises(ValueError, match="every case needs a name of its own"):
+        Benchmark("b", "", (case, case), Case(TOY, {}), ())
+    with pytest.raises(ValueError, match="the toy case must be named 'toy', got 'a'"):
+        Benchmark("b", "", (), case, ())
+
+
+def test_shapes_have_the_published_parameter_counts() -> None:
+    published = {
+        "Qwen2.5-0.5B": 494_032_768,
+        "Qwen2.5-1.5B": 1_543_714_304,
+        "Qwen2.5-3B": 3_085_938_688,
+        "Qwen2.5-7B": 7_615_616_512,
+        "Qwen2.5-32B": 32_763_876_352,
+        "Llama-3.2-1B": 1_235_814_400,
+        "Llama-3.1-8B": 8_030_261_248,
+        "Llama-2-7B": 6_738_415_616,
+    }
+    from transformers import AutoModelForCausalLM
+
+    assert set(published) == set(SHAPES) - {TOY}
+    for name, count in published.items():
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(model_shape(name).config())
+        assert sum(parameter.numel() for parameter in model.parameters()) == count, name
+    with pytest.raises(ValueError, match="unknown model shape 'x'; expected one of: Qwen2"):
+        model_shape("x")
+
+
+def test_random_weights_look_like_weights() -> None:
+    weight = random_nf4_weight(96, 64, torch.Generator().manual_seed(0))
+    dense = dequantize_nf4(weight, torch.float32)
+    assert weight.double_quant and dense.shape == (96, 64)
+    assert 0.01 < float(dense.std()) < 0.05
+    assert abs(float(dense.mean())) < 0.01
+
+
+def test_a_random_checkpoint_is_reproducible(tmp_path: Path) -> None:
+    for name in "ab":
+        write_random_checkpoint(model_shape("toy"), tmp_path / name)
+    files = sorted(path.name for path in (tmp_path / "a").iterdir())
+    assert "config.json" in files and "ends.safetensors" in files
+    for file in files:
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
+
+
+def test_registry_runs_through_pytest_benchmark() -> None:
+    command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "-q", "-p", "no:cacheprovider"]
+    command += ["-k", "quantize_nf4-toy and not bitsandbytes"]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False, env=one_thread)
+    assert run.returncode == 0, run.stdout + run.stderr
+    assert "test_speed[quantize_nf4-toy-ladder_kernels]" in run.stdout
+
+
+def test_plain_test_runs_do_not_collect_benchmarks(pytestconfig: pytest.Config) -> None:
+    assert pytestconfig.getini("testpaths") == ["tests"]
