@@ -1,0 +1,425 @@
+"""A frozen backbone and its side network as one transformers causal language model.
+
+The backbone is not in the module tree: parameters, state dict, optimizer, DDP and checkpoints see the side network
+only. `device` moves take it along, dtype casts do not. Copies of the model share it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    DynamicCache,
+    GenerationMixin,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from engine.backbone import Backbone, load_backbone
+from engine.backbone.families import expected_tensors
+from engine.checkpoint import check_backbone, load_adapter, read_adapter, save_adapter
+from engine.config import LadderConfig
+from engine.model_config import LadderModelConfig, generation_config, model_config
+from engine.rows import IGNORE_INDEX, Rows, rows_of_batch, rows_of_cached_step
+from engine.side_network import SideNetwork
+from ladder_kernels import Workspace, linear_cross_entropy
+
+_SIDE_PREFIX = "model.side_network."
+
+
+class FrozenHead(nn.Module):
+    """The backbone's output matrix as a module without parameters: logits = hidden @ weight^T."""
+
+    bias = None
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self._backbone = backbone
+
+    @property
+    def weight(self) -> Tensor:
+        """[V, D] in the compute dtype."""
+        return self._backbone.head_weight
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden [..., D] -> logits [..., V]."""
+        return F.linear(hidden, self.weight)
+
+
+class _Shared:
+    """Keeps the backbone and scratch memory out of the module tree and out of copies."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone = backbone
+        self.workspace = Workspace()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
+        return self
+
+
+class LadderModel(nn.Module):
+    """Backbone and side network without the head: the base model in transformers' sense."""
+
+    def __init__(self, backbone: Backbone, config: LadderConfig) -> None:
+        super().__init__()
+        self._shared = _Shared(backbone)
+        self.side_network = SideNetwork(config, backbone.config).to(backbone.device)
+
+    @property
+    def backbone(self) -> Backbone:
+        return self._shared.backbone
+
+    def run(self, rows: Rows, cache: DynamicCache | None = None) -> tuple[Tensor, Tensor]:
+        """h_L [N, D] and side state [N, S] of all rows; the cache is extended in place."""
+        backbone = self.backbone
+        # Both networks fix their own dtypes; autocast would round the side network's a second time.
+        with torch.autocast(backbone.device.type, enabled=False):
+            stream = backbone.hidden_states(rows.input_ids, rows.layout, cache)
+            return self.side_network(stream, rows.layout, cache, backbone.config.num_layers)
+
+    def combined(self, hidden: Tensor, state: Tensor, chosen: Tensor | None = None) -> Tensor:
+        """What the frozen head multiplies, [R, D]: final_norm(combine(h_L, s)) of the chosen rows, None for all."""
+        if chosen is not None:
+            hidden, state = hidden.index_select(0, chosen), state.index_select(0, chosen)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.backbone.final_norm(self.side_network.combine(hidden, state))
+
+    def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Summed cross entropy of rows [R, D] from `combined` and token ids [R], -100 counting nothing."""
+        shared = self._shared
+        return linear_cross_entropy(hidden, shared.backbone.head_weight, targets, workspace=shared.workspace)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: DynamicCache | None = None,
+        use_cache: bool | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        **unsupported: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states [B, T, D] after the final norm, zero on padding. Arguments as of `LadderForCausalLM`."""
+        _refuse(unsupported)
+        rows, cache = _enter(input_ids, attention_mask, position_ids, cu_seq_lens_q, past_key_values, use_cache)
+        hidden = self.combined(*self.run(rows, cache))
+        return BaseModelOutputWithPast(last_hidden_state=rows.padded(hidden), past_key_values=cache)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LadderModel:
+        super()._apply(fn, recurse)
+        # What fn does to an integer tensor is its device move without its dtype cast.
+        device = fn(torch.empty(0, dtype=torch.uint8, device=self.backbone.device)).device
+        if device != self.backbone.device:
+            self.backbone.apply_(lambda tensor: tensor.to(device))
+        return self
+
+
+class LadderForCausalLM(PreTrainedModel, GenerationMixin):
+    """A causal language model whose backbone is frozen and whose side network is trained.
+
+    Build it with `from_backbone` or `from_pretrained`.
+
+    Args:
+        config: as `LadderModelConfig`, derived from the other two.
+        backbone: the frozen part.
+        ladder_config: the side network's configuration.
+    """
+
+    config_class = LadderModelConfig
+    base_model_prefix = "model"
+    main_input_name = "input_ids"
+    supports_gradient_checkpointing = True
+    accepts_loss_kwargs = True
+    _supports_sdpa = True
+
+    def __init__(self, config: LadderModelConfig, backbone: Backbone, ladder_config: LadderConfig) -> None:
+        super().__init__(config)
+        self.model = LadderModel(backbone, ladder_config)
+        self.ladder_config = ladder_config
+        self.generation_config = generation_config(backbone)
+        self.post_init()
+
+    @classmethod
+    def from_backbone(
+        cls, backbone: Backbone | str | Path, config: LadderConfig | None = None, **load_options: Any
+    ) -> LadderForCausalLM:
+        """A new side network beside a backbone.
+
+        Args:
+            backbone: a loaded one, or what `load_backbone` takes.
+            config: None for the preset "ladder".
+            load_options: of `load_backbone`, where it is called.
+
+        Raises:
+            ValueError: the configuration does not fit the backbone, or the backbone cannot be loaded.
+        """
+        if not isinstance(backbone, Backbone):
+            backbone = load_backbone(backbone, **load_options)
+        elif load_options:
+            raise TypeError(f"{sorted(load_options)} are options of loading, but the backbone is loaded already")
+        config = config or LadderConfig()
+        return cls(model_config(backbone, config), backbone, config)
+
+    @classmethod
+    def from_pretrained(  # type: ignore[override]
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        backbone: Backbone | str | Path | None = None,
+        *,
+        dtype: torch.dtype | str | None = None,
+        device: torch.device | str = "cpu",
+        revision: str | None = None,
+        config: PreTrainedConfig | None = None,
+        **unsupported: Any,
+    ) -> LadderForCausalLM:
+        """Load an adapter folder beside its backbone.
+
+        Args:
+            pretrained_model_name_or_path: a folder written by `save_pretrained`.
+            backbone: None loads the recorded source; a path or id is loaded the way the recorded one was.
+            dtype: compute dtype, where the backbone is loaded here. None or "auto": the one it was trained in.
+            device: where the backbone is loaded to.
+            revision: of the backbone's hub repository.
+            config: accepted because transformers' Auto classes pass it; the folder decides.
+            unsupported: what the Auto classes pass along, none of it used.
+
+        Raises:
+            TypeError: an option this model does not have.
+            ValueError: a damaged or foreign folder, or another backbone than it was trained beside.
+        """
+        # The Auto classes always pass adapter_kwargs, which are for peft adapters.
+        if given := sorted(name for name, value in unsupported.items() if value and name != "adapter_kwargs"):
+            raise TypeError(f"from_pretrained takes dtype, device and revision of the backbone, got {given}")
+        folder = Path(pretrained_model_name_or_path)
+        record = read_adapter(folder)
+        if not isinstance(backbone, Backbone):
+            source = backbone or record.backbone.source
+            dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+            try:
+                backbone = load_backbone(
+                    source,
+                    dtype=dtype if isinstance(dtype, torch.dtype) else record.backbone.torch_dtype,
+                    quantize=record.backbone.quantized,
+                    double_quant=record.backbone.double_quant,
+                    device=device,
+                    revision=revision,
+                )
+            except ValueError as error:
+                raise ValueError(
+                    f"the backbone {source} of the adapter {folder} could not be loaded; if it lies elsewhere, "
+                    f"pass backbone=: {error}"
+                ) from error
+        check_backbone(record, backbone, folder)
+        model = cls.from_backbone(backbone, record.config)
+        load_adapter(folder, model.side_network, backbone)
+        return model.eval()
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | Path,
+        is_main_process: bool = True,
+        state_dict: dict[str, Tensor] | None = None,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        push_to_hub: bool = False,
+        **options: Any,
+    ) -> None:
+        """Write an adapter folder (see `engine.checkpoint`).
+
+        Args:
+            save_directory: created if it is missing.
+            is_main_process: False writes nothing, as in distributed training.
+            state_dict: this model's state dict where the caller has gathered it already.
+            tokenizer: saved along.
+            push_to_hub: refused here; `push_to_hub()` does it.
+            options: safe_serialization, max_shard_size and their like, which change nothing: the format is fixed.
+        """
+        if push_to_hub:
+            raise ValueError("save_pretrained(push_to_hub=True) is not supported: call model.push_to_hub(repo_id)")
+        if options.get("safe_serialization") is False:
+            raise ValueError("safe_serialization=False is not supported: adapters are safetensors only")
+        if not is_main_process:
+            return
+        state = self.state_dict() if state_dict is None else state_dict
+        foreign = [name for name in state if not name.startswith(_SIDE_PREFIX)]
+        if foreign:
+            raise ValueError(f"state_dict must be this model's own, with keys {_SIDE_PREFIX}*; got {foreign[:3]}")
+        weights = {name.removeprefix(_SIDE_PREFIX): weight for name, weight in state.items()}
+        if missing := sorted(self.side_network.state_dict().keys() - weights.keys()):
+            raise ValueError(f"state_dict lacks {len(missing)} weights of the side network, first {missing[0]}")
+        save_adapter(save_directory, self.ladder_config, self.backbone, weights, tokenizer)
+        self.config.save_pretrained(save_directory)
+
+    @property
+    def backbone(self) -> Backbone:
+        return self.model.backbone
+
+    @property
+    def side_network(self) -> SideNetwork:
+        return self.model.side_network
+
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        past_key_values: DynamicCache | None = None,
+        use_cache: bool | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: int | Tensor | None = None,
+        supervised_rows: Tensor | None = None,
+        supervised_targets: Tensor | None = None,
+        return_dict: bool | None = None,
+        **unsupported: Any,
+    ) -> CausalLMOutputWithPast | tuple[Tensor, ...]:
+        """Loss of the supervised tokens, or logits where nothing is supervised.
+
+        Args:
+            input_ids: int64 [B, T].
+            attention_mask: [B, T], nonzero on real tokens, padding left or right; with a cache [B, past + T].
+            position_ids: int64 [B, T] or [1, T]; where they do not continue, a document starts.
+            labels: int64 [B, T], unshifted, -100 where unsupervised.
+            past_key_values: cache of earlier columns, extended in place.
+            use_cache: True makes a new cache where none is given.
+            cu_seq_lens_q: int [documents + 1], cumulated document lengths over the flattened batch.
+            cu_seq_lens_k: the same, not read; as are max_length_q and max_length_k.
+            logits_to_keep: logits of the last this many columns only (0: all), or of these column indices.
+            num_items_in_batch: what the summed loss is divided by; None: the number of supervised tokens.
+            supervised_rows: int64 [R], rows of the flattened, unpadded batch whose logits are supervised; used instead
+                of labels, together with supervised_targets.
+            supervised_targets: int64 [R], the token each predicts, -100 on entries that only fill a bucket.
+            return_dict: False returns a tuple.
+
+        Returns:
+            loss (fp32, 0-dim) and no logits with labels or targets; else logits [B, kept columns, V], zero on padding.
+
+        Raises:
+            ValueError: shapes that disagree, or a combination that has no meaning.
+            TypeError: an input this model does not have.
+        """
+        _refuse(unsupported)
+        supervised = labels is not None or supervised_targets is not None
+        if supervised and past_key_values is not None:
+            raise ValueError("labels with past_key_values: a loss is over whole documents, leave the cache out")
+        use_cache = use_cache and not supervised
+        rows, cache = _enter(input_ids, attention_mask, position_ids, cu_seq_lens_q, past_key_values, use_cache)
+        loss = logits = None
+        if supervised:
+            chosen, targets = _supervision(rows, labels, supervised_rows, supervised_targets)
+            hidden = self.model.combined(*self.model.run(rows), chosen)
+            total = self.model.loss(hidden, targets)
+            if num_items_in_batch is None:
+                num_items_in_batch = (targets != IGNORE_INDEX).sum().clamp_min(1)
+            loss = total / num_items_in_batch
+        else:
+            chosen, kept = rows.columns(logits_to_keep)
+            hidden = self.model.combined(*self.model.run(rows, cache), chosen)
+            logits = kept.padded(F.linear(hidden, self.backbone.head_weight))
+        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        return output.to_tuple() if return_dict is False else output
+
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """As transformers', without position_ids: the mask says the same and costs no comparison."""
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        inputs.pop("position_ids", None)
+        return inputs
+
+    def get_output_embeddings(self) -> FrozenHead:
+        """The frozen head; it has no parameters and belongs to no state dict."""
+        return FrozenHead(self.backbone)
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Refused: the embedding is frozen."""
+        raise ValueError(
+            f"the frozen backbone has {self.config.vocab_size} token embeddings and cannot learn new ones: use "
+            "tokens of its own tokenizer, many reserve unused ones"
+        )
+
+    def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
+        """Accepted without effect: the backbone stores nothing for backward, so there is nothing to recompute."""
+
+    def gradient_checkpointing_disable(self) -> None:
+        """Accepted without effect, see `gradient_checkpointing_enable`."""
+
+    def print_trainable_parameters(self) -> None:
+        """Print how many parameters are trained, of how many."""
+        trainable = sum(p.numel() for p in self.parameters() if p.requires_grad)
+        shapes = (tensor.shape for tensor in expected_tensors(self.backbone.config).values())
+        total = trainable + sum(torch.Size(shape).numel() for shape in shapes)
+        print(f"trainable params: {trainable:,} || all params: {total:,} || trainable%: {100 * trainable / total:.4f}")
+
+    def merge_and_unload(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """Refused: there is nothing to merge.
+
+        Raises:
+            ValueError: always, with the reason.
+        """
+        raise ValueError(
+            "a side network cannot be merged: it runs beside the backbone on its hidden states and changes no weight "
+            "of it. Use this model's generate() directly; save_pretrained() keeps the side network and "
+            "LadderForCausalLM.from_pretrained() puts both together again"
+        )
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: `SideNetwork.reset_parameters` has drawn them, from its own seed."""
+
+
+def _enter(
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    cu_seq_lens: Tensor | None,
+    cache: DynamicCache | None,
+    use_cache: bool | None,
+) -> tuple[Rows, DynamicCache | None]:
+    if cache is None and use_cache:
+        cache = DynamicCache()
+    if cache is None:
+        return rows_of_batch(input_ids, attention_mask, position_ids, cu_seq_lens), None
+    if not isinstance(cache, DynamicCache):
+        raise ValueError(
+            f"past_key_values must be a DynamicCache, got {type(cache).__name__}: unset cache_implementation"
+        )
+    if cu_seq_lens is not None:
+        raise ValueError("cu_seq_lens_q with a cache: cached decoding takes padded batches with attention_mask")
+    return rows_of_cached_step(input_ids, attention_mask, position_ids, cache.get_seq_length()), cache
+
+
+def _supervision(
+    rows: Rows, labels: Tensor | None, supervised_rows: Tensor | None, supervised_targets: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    if supervised_targets is None:
+        assert labels is not None
+        return rows.supervised(labels)
+    if supervised_rows is None or supervised_rows.shape != supervised_targets.shape or supervised_rows.dim() != 1:
+        got = None if supervised_rows is None else tuple(supervised_rows.shape)
+        raise ValueError(
+            f"supervised_targets {tuple(supervised_targets.shape)} needs supervised_rows of its 1-D shape, got {got}"
+        )
+    if rows.kept is not None:
+        raise ValueError("supervised_rows index an unpadded batch: leave attention_mask out, or pass labels instead")
+    return supervised_rows, supervised_targets
+
+
+def _refuse(unsupported: dict[str, Any]) -> None:
+    """Refuse inputs that would be ignored, unless they ask for nothing."""
+    names = [name for name, value in unsupported.items() if value is not None and value is not False]
+    if names:
+        raise TypeError(f"LadderForCausalLM does not take {names}; see its forward() for what it takes")
+
+
+AutoConfig.register(LadderModelConfig.model_type, LadderModelConfig, exist_ok=True)
+AutoModelForCausalLM.register(LadderModelConfig, LadderForCausalLM, exist_ok=True)
