@@ -29,7 +29,7 @@ from engine.backbone.families import expected_tensors
 from engine.checkpoint import check_backbone, load_adapter, read_adapter, save_adapter
 from engine.config import LadderConfig
 from engine.model_config import LadderModelConfig, generation_config, model_config
-from engine.rows import IGNORE_INDEX, Rows, rows_of_batch, rows_of_cached_step
+from engine.rows import IGNORE_INDEX, Rows, enter, supervision
 from engine.side_network import SideNetwork
 from ladder_kernels import Workspace, linear_cross_entropy
 
@@ -110,7 +110,7 @@ class LadderModel(nn.Module):
     ) -> BaseModelOutputWithPast:
         """Hidden states [B, T, D] after the final norm, zero on padding. Arguments as of `LadderForCausalLM`."""
         _refuse(unsupported)
-        rows, cache = _enter(input_ids, attention_mask, position_ids, cu_seq_lens_q, past_key_values, use_cache)
+        rows, cache = enter(input_ids, attention_mask, position_ids, cu_seq_lens_q, past_key_values, use_cache)
         hidden = self.combined(*self.run(rows, cache))
         return BaseModelOutputWithPast(last_hidden_state=rows.padded(hidden), past_key_values=cache)
 
@@ -315,10 +315,10 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
         if supervised and past_key_values is not None:
             raise ValueError("labels with past_key_values: a loss is over whole documents, leave the cache out")
         use_cache = use_cache and not supervised
-        rows, cache = _enter(input_ids, attention_mask, position_ids, cu_seq_lens_q, past_key_values, use_cache)
+        rows, cache = enter(input_ids, attention_mask, position_ids, cu_seq_lens_q, past_key_values, use_cache)
         loss = logits = None
         if supervised:
-            chosen, targets = _supervision(rows, labels, supervised_rows, supervised_targets)
+            chosen, targets = supervision(rows, labels, supervised_rows, supervised_targets)
             hidden = self.model.combined(*self.model.run(rows), chosen)
             total = self.model.loss(hidden, targets)
             if num_items_in_batch is None:
@@ -375,43 +375,6 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: `SideNetwork.reset_parameters` has drawn them, from its own seed."""
-
-
-def _enter(
-    input_ids: Tensor,
-    attention_mask: Tensor | None,
-    position_ids: Tensor | None,
-    cu_seq_lens: Tensor | None,
-    cache: DynamicCache | None,
-    use_cache: bool | None,
-) -> tuple[Rows, DynamicCache | None]:
-    if cache is None and use_cache:
-        cache = DynamicCache()
-    if cache is None:
-        return rows_of_batch(input_ids, attention_mask, position_ids, cu_seq_lens), None
-    if not isinstance(cache, DynamicCache):
-        raise ValueError(
-            f"past_key_values must be a DynamicCache, got {type(cache).__name__}: unset cache_implementation"
-        )
-    if cu_seq_lens is not None:
-        raise ValueError("cu_seq_lens_q with a cache: cached decoding takes padded batches with attention_mask")
-    return rows_of_cached_step(input_ids, attention_mask, position_ids, cache.get_seq_length()), cache
-
-
-def _supervision(
-    rows: Rows, labels: Tensor | None, supervised_rows: Tensor | None, supervised_targets: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    if supervised_targets is None:
-        assert labels is not None
-        return rows.supervised(labels)
-    if supervised_rows is None or supervised_rows.shape != supervised_targets.shape or supervised_rows.dim() != 1:
-        got = None if supervised_rows is None else tuple(supervised_rows.shape)
-        raise ValueError(
-            f"supervised_targets {tuple(supervised_targets.shape)} needs supervised_rows of its 1-D shape, got {got}"
-        )
-    if rows.kept is not None:
-        raise ValueError("supervised_rows index an unpadded batch: leave attention_mask out, or pass labels instead")
-    return supervised_rows, supervised_targets
 
 
 def _refuse(unsupported: dict[str, Any]) -> None:

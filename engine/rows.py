@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 
 from engine.sequence import SequenceLayout
-
-IGNORE_INDEX = -100
+from ladder_kernels.reference import IGNORE_INDEX
 
 
 @dataclass(frozen=True)
@@ -157,6 +157,53 @@ def rows_of_cached_step(
                 "with past_key_values, position_ids must count the real tokens of attention_mask from 0: leave them out"
             )
     return Rows(input_ids.flatten(), layout, (batch, length))
+
+
+def enter(
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    cu_seq_lens: Tensor | None,
+    cache: DynamicCache | None,
+    use_cache: bool | None,
+) -> tuple[Rows, DynamicCache | None]:
+    """Rows of one call of the model and the cache that it extends, made here where `use_cache` asks for one.
+
+    Raises:
+        ValueError: another kind of cache, or what `rows_of_batch` and `rows_of_cached_step` refuse.
+    """
+    if cache is None and use_cache:
+        cache = DynamicCache()
+    if cache is None:
+        return rows_of_batch(input_ids, attention_mask, position_ids, cu_seq_lens), None
+    if not isinstance(cache, DynamicCache):
+        raise ValueError(
+            f"past_key_values must be a DynamicCache, got {type(cache).__name__}: unset cache_implementation"
+        )
+    if cu_seq_lens is not None:
+        raise ValueError("cu_seq_lens_q with a cache: cached decoding takes padded batches with attention_mask")
+    return rows_of_cached_step(input_ids, attention_mask, position_ids, cache.get_seq_length()), cache
+
+
+def supervision(
+    rows: Rows, labels: Tensor | None, supervised_rows: Tensor | None, supervised_targets: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Row indices [R] and target ids [R]: the given ones, else those of `labels`.
+
+    Raises:
+        ValueError: targets without rows of their shape, or on a batch that is unpadded here.
+    """
+    if supervised_targets is None:
+        assert labels is not None
+        return rows.supervised(labels)
+    if supervised_rows is None or supervised_rows.shape != supervised_targets.shape or supervised_rows.dim() != 1:
+        got = None if supervised_rows is None else tuple(supervised_rows.shape)
+        raise ValueError(
+            f"supervised_targets {tuple(supervised_targets.shape)} needs supervised_rows of its 1-D shape, got {got}"
+        )
+    if rows.kept is not None:
+        raise ValueError("supervised_rows index an unpadded batch: leave attention_mask out, or pass labels instead")
+    return supervised_rows, supervised_targets
 
 
 _MASK_AND_PACKED = (

@@ -93,7 +93,7 @@ def _read_state(tensors: Mapping[str, Tensor], name: str) -> dict[str, Any]:
     key = f"{name}.{_STATE}nf4"
     try:
         state = json.loads(bytes(_get(tensors, key).tolist()))
-    except (UnicodeDecodeError, json.JSONDecodeError, TypeError) as error:
+    except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{key}: expected the bytes of a JSON object, got something else ({error})") from error
     if not isinstance(state, dict):
         raise ValueError(f"{key}: expected a JSON object, got {type(state).__name__}")

@@ -19,7 +19,7 @@ from ladder_kernels import reference
 from ladder_kernels.checks import check_linear_cross_entropy, check_no_gradient
 from ladder_kernels.dispatch import runs_eagerly
 from ladder_kernels.launch import logit_rows
-from ladder_kernels.reference import IGNORED_TARGET
+from ladder_kernels.reference import IGNORE_INDEX
 from ladder_kernels.workspace import Workspace
 
 DEFAULT_CHUNK_BYTES = 64 << 20
@@ -116,10 +116,10 @@ def linear_cross_entropy(
 
 
 def _check_targets(targets: Tensor, vocabulary: int) -> None:
-    wrong = ((targets < 0) | (targets >= vocabulary)) & (targets != IGNORED_TARGET)
+    wrong = ((targets < 0) | (targets >= vocabulary)) & (targets != IGNORE_INDEX)
     if bool(wrong.any()):
         row = int(wrong.nonzero()[0, 0])
         raise ValueError(
-            f"linear_cross_entropy: expected targets in [0, {vocabulary}) or {IGNORED_TARGET}, got {int(targets[row])} "
+            f"linear_cross_entropy: expected targets in [0, {vocabulary}) or {IGNORE_INDEX}, got {int(targets[row])} "
             f"in row {row}; is the tokenizer that of the model?"
         )

@@ -273,5 +273,5 @@ def dequantize_nf4(nf4_weight: NF4Weight, dtype: torch.dtype, out: Tensor | None
 
 
 def _check_block_size(op: str, block_size: int) -> None:
-    if block_size not in BLOCK_SIZES:
+    if type(block_size) is not int or block_size not in BLOCK_SIZES:
         raise ValueError(f"{op}: expected a block_size in {list(BLOCK_SIZES)}, got {block_size!r}")

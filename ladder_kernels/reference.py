@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-IGNORED_TARGET = -100
+IGNORE_INDEX = -100
 ABSMAX_BLOCK = 256  # scales per block of double quantization
 
 _CHUNK = 1 << 20  # weights processed at a time, so that temporaries stay in the cache; a multiple of every block size
@@ -171,7 +171,7 @@ def linear_cross_entropy(
     accumulate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     losses = hidden.new_zeros(hidden.shape[0], dtype=accumulate)
     dhidden = torch.empty_like(hidden) if need_grad else hidden.new_empty(0)
-    counted = targets != IGNORED_TARGET
+    counted = targets != IGNORE_INDEX
     columns = torch.where(counted, targets, 0)[:, None]
     for begin in range(0, hidden.shape[0], logits.shape[0]):
         rows = slice(begin, begin + logits.shape[0])

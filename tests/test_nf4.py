@@ -268,6 +268,8 @@ def _fill(key: str, value: float):
         (_edit_state("[8, 64]", "[512]"), r"w: expected a shape \[N, K\]"),
         (_edit_state('"float32", "shape"', '"int8", "shape"'), "w: expected a floating-point dtype.*'int8'"),
         (_edit_state('"blocksize": 64', '"blocksize": 63'), "w: .*expected a block_size"),
+        (_edit_state('"blocksize": 64', '"blocksize": 64.0'), "w: .*expected a block_size"),
+        (_edit_state("{", "[" * 100_000), r"w\.quant_state.*expected the bytes of a JSON object"),
         (_edit_state('"nested_blocksize": 256', '"nested_blocksize": 128'), "w: expected nested_blocksize 256"),
         (_edit_state('"nested_offset": ', '"nested_offset": null, "was": '), "w: expected a number as nested_offset"),
         (_edit_state('"nested_offset": ', '"nested_offset": NaN, "was": '), "w: .*infinity or NaN in absmax_offset"),

@@ -2,10 +2,11 @@
 
     python -m engine.quickstart.docstrings --backbone engine/quickstart/backbone --output engine/quickstart
 
-Every documented function of the standard library (tests left out) whose docstring starts with a plain sentence of 3 to 24
-words becomes one record `{"prompt": source without its docstring, "completion": the sentence}`. Train and held-out
-records are split by module exactly as the backbone's pretraining text is, so the backbone has not seen a held-out
-function either; a held-out sentence that also occurs in training is dropped. Records are at most MAX_TOKENS long.
+Every documented function of the standard library (tests left out) whose docstring starts with a plain sentence of 3
+to 24 words becomes one record `{"prompt": source without its docstring, "completion": the sentence}`. Train and
+held-out records are split by module exactly as the backbone's pretraining text is, so the backbone has not seen a
+held-out function either; a held-out sentence that also occurs in training is dropped. Records are at most MAX_TOKENS
+long.
 """
 
 from __future__ import annotations

@@ -25,8 +25,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from engine.quickstart.corpus import SourceFile, is_heldout, standard_library
 
 VOCAB_SIZE = 4096
-CONTEXT = 512
-BATCH = 8
+CONTEXT = 256
+BATCH = 16
 STEPS = 7350
 PEAK_LR, FINAL_LR_SHARE, WARMUP_STEPS, WEIGHT_DECAY = 3e-3, 0.02, 200, 0.1
 LIBRARY_EPOCHS, TEST_EPOCHS = 6, 3
@@ -113,15 +113,15 @@ def optimizer_of(model: LlamaForCausalLM) -> torch.optim.AdamW:
     return torch.optim.AdamW(groups, lr=PEAK_LR, betas=(0.9, 0.95), fused=True)
 
 
-def learning_rate(step: int) -> float:
-    """Linear warm-up, then a cosine down to FINAL_LR_SHARE of the peak."""
+def learning_rate(step: int, progress: float) -> float:
+    """Linear warm-up over steps, then a cosine over the progress of the run down to FINAL_LR_SHARE of the peak."""
     warmup = min(1.0, (step + 1) / WARMUP_STEPS)
-    cosine = 0.5 * (1 + math.cos(math.pi * step / STEPS))
+    cosine = 0.5 * (1 + math.cos(math.pi * progress))
     return PEAK_LR * warmup * (FINAL_LR_SHARE + (1 - FINAL_LR_SHARE) * cosine)
 
 
-def pretrain(output: Path, seed: int) -> None:
-    """Train for STEPS steps and save model, tokenizer and `training.json` to `output`."""
+def pretrain(output: Path, max_minutes: float, seed: int) -> None:
+    """Train for STEPS steps, or `max_minutes` if these end first; save model, tokenizer and `training.json`."""
     torch.manual_seed(seed)
     files = standard_library()
     train_files = [file for file in files if not is_heldout(file.module)]
@@ -134,26 +134,29 @@ def pretrain(output: Path, seed: int) -> None:
     optimizer = optimizer_of(model)
     tokenizer.save_pretrained(output)
     print(f"{len(stream):,} tokens, {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
-    started = time.monotonic()
-    for step in range(STEPS):
+    started, step, progress = time.monotonic(), 0, 0.0
+    while progress < 1.0:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step)
+            group["lr"] = learning_rate(step, progress)
         loss = compiled_loss(model, batch_at(stream, order, step))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        tokens, seconds = (step + 1) * BATCH * CONTEXT, time.monotonic() - started
-        if (step + 1) % 50 == 0:
-            print(f"step {step + 1} loss {loss.item():.3f} tokens {tokens:,} {tokens / seconds:.0f} tok/s", flush=True)
-        if (step + 1) % 500 == 0:
+        step += 1
+        tokens, seconds = step * BATCH * CONTEXT, time.monotonic() - started
+        # Whichever runs out first, so that a slow machine still ends with an annealed model.
+        progress = max(step / STEPS, seconds / (60 * max_minutes))
+        if step % 50 == 0:
+            print(f"step {step} loss {loss.item():.3f} tokens {tokens:,} {tokens / seconds:.0f} tok/s", flush=True)
+        if step % 500 == 0 or progress >= 1.0:
             save(
                 model,
                 output,
                 {
                     "heldout_loss": heldout_loss(model, heldout),
                     "tokens": tokens,
-                    "steps": step + 1,
+                    "steps": step,
                     "minutes": seconds / 60,
                     "stream_tokens": len(stream),
                     "seed": seed,
@@ -174,9 +177,10 @@ def main() -> None:
     """Parse the command line and train."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("--max-minutes", type=float, default=240.0)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    pretrain(args.output, args.seed)
+    pretrain(args.output, args.max_minutes, args.seed)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,138 @@
+"""The `ladder` command. Imports of torch and transformers wait until a command needs them."""
+
+from __future__ import annotations
+
+import contextlib
+import platform
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Fine-tune large language models on small GPUs with Ladder side networks.",
+)
+USAGE_ERROR, RUN_ERROR = 2, 1
+
+
+@contextlib.contextmanager
+def _errors() -> Iterator[None]:
+    """One message instead of a traceback for what a user can mend."""
+    try:
+        yield
+    except ValueError as error:
+        _fail(error, USAGE_ERROR)
+    except OSError as error:
+        _fail(error, RUN_ERROR)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        _fail("out of GPU memory; lower --batch-size or --max-length", RUN_ERROR)
+
+
+def _fail(message: object, code: int) -> None:
+    typer.echo(f"error: {message}", err=True)
+    raise typer.Exit(code)
+
+
+@app.command()
+def train(
+    preset: Annotated[str | None, typer.Option(help="Side network: ladder, xladder, lst or qst.")] = None,
+    model: Annotated[str | None, typer.Option(help="Backbone: folder or hub id. Default: a tiny one, shipped.")] = None,
+    data: Annotated[str | None, typer.Option(help="Training jsonl: text, prompt + completion, or messages.")] = None,
+    eval_data: Annotated[str | None, typer.Option(help="Held-out jsonl. Default: a seeded share of --data.")] = None,
+    output: Annotated[str | None, typer.Option(help="Folder for adapter and summary.json.")] = None,
+    max_length: Annotated[int | None, typer.Option(help="Longest sample, in tokens.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps. Default: three passes over the data.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of initial weights, order and held-out share.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Samples in one pass.")] = None,
+    gradient_accumulation_steps: Annotated[
+        int | None, typer.Option("--gradient-accumulation-steps", "--gradient-accumulation", help="Passes per step.")
+    ] = None,
+    reduction_factor: Annotated[int | None, typer.Option(help="Backbone width over side width.")] = None,
+    config: Annotated[Path | None, typer.Option(help="YAML or JSON file with these names; options win.")] = None,
+    overwrite: Annotated[bool | None, typer.Option("--overwrite", help="Replace a finished run in --output.")] = None,
+) -> None:
+    """Train a side network. Without arguments: the quickstart, offline, on a shipped backbone and task."""
+    given = {name: value for name, value in locals().items() if name != "config"}
+    with _errors():
+        options = _train_options(given, config)
+        from engine.finetune import finetune
+
+        finetune(options, typer.echo)
+
+
+def _train_options(given: dict[str, Any], config: Path | None) -> Any:
+    """Defaults (the quickstart's beside the shipped backbone), then the file, then the command line."""
+    from engine.options import TrainOptions, read_options_file, with_values
+    from engine.quickstart.defaults import QUICKSTART
+
+    values = {} if config is None else read_options_file(config)
+    values |= {name: value for name, value in given.items() if value is not None}
+    return with_values(QUICKSTART if values.get("model") is None else TrainOptions(), values)
+
+
+@app.command()
+def generate(
+    adapter: Annotated[Path, typer.Option(help="Folder that `ladder train` wrote.")],
+    prompt: Annotated[str, typer.Option(help="Text to continue.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="At most this many tokens.")] = 128,
+    chat: Annotated[bool, typer.Option("--chat", help="The prompt is a user's turn of the chat template.")] = False,
+    model: Annotated[str | None, typer.Option(help="Where the backbone is now, if it was moved.")] = None,
+) -> None:
+    """Continue a prompt, greedily, with a trained side network."""
+    with _errors():
+        import torch
+        from transformers import AutoTokenizer
+
+        from engine.finetune import generate_text, prompt_ids
+        from engine.model import LadderForCausalLM
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        ladder = LadderForCausalLM.from_pretrained(adapter, backbone=model, device=device)
+        tokenizer = AutoTokenizer.from_pretrained(adapter, trust_remote_code=False, local_files_only=True)
+        typer.echo(generate_text(ladder, tokenizer, prompt_ids(tokenizer, prompt, chat), max_new_tokens))
+
+
+@app.command()
+def info(
+    model: Annotated[str | None, typer.Option(help="Backbone to describe: folder or hub id.")] = None,
+    adapter: Annotated[Path | None, typer.Option(help="Adapter folder to describe.")] = None,
+) -> None:
+    """Show versions, the native library's state, and a backbone's or adapter's configuration and size."""
+    with _errors():
+        if model is not None and adapter is not None:
+            raise ValueError("--model and --adapter: give one of them")
+        from engine.info import adapter_lines, backbone_lines, system_lines
+
+        lines = backbone_lines(model) if model is not None else adapter_lines(adapter) if adapter is not None else []
+        typer.echo("\n".join([*lines, *system_lines()]))
+
+
+@app.callback(invoke_without_command=True)
+def _version(show: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if show:
+        typer.echo(f"ladder-engine {_installed('ladder-engine')}, Python {platform.python_version()}")
+        raise typer.Exit
+
+
+def _installed(distribution: str) -> str:
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

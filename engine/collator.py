@@ -1,0 +1,78 @@
+"""Batches without padding: documents side by side in one row."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class Collator:
+    """Flatten samples into one row of T tokens that never look across document borders.
+
+    Attributes:
+        row_bucket: the number of supervised rows is rounded up to a multiple of this, so that few shapes occur.
+    """
+
+    row_bucket: int = 64
+
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor | int]:
+        """Build a batch.
+
+        Args:
+            samples: each has `input_ids` [n]; optionally `labels` [n], unshifted, -100 where there is no loss (without
+                them every token counts) and `attention_mask` [n], whose zeros are dropped.
+
+        Returns:
+            input_ids, position_ids, labels: int64 [1, T]; the first label of each document is -100.
+            cu_seq_lens_q = cu_seq_lens_k: int32 [documents + 1]; max_length_q = max_length_k: int.
+            supervised_rows: int64 [R], rows whose next token is supervised, padded by row 0.
+            supervised_targets: int64 [R], those next tokens, padded by -100.
+        """
+        documents = [_document(sample) for sample in samples]
+        lengths = torch.tensor([len(ids) for ids, _ in documents])
+        input_ids = torch.cat([ids for ids, _ in documents])
+        labels = torch.cat([labels for _, labels in documents])
+        boundaries = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+        rows, targets = self._supervised(labels)
+        cu_seq_lens, longest = boundaries.to(torch.int32), int(lengths.max())
+        return {
+            "input_ids": input_ids[None],
+            "position_ids": torch.cat([torch.arange(len(ids)) for ids, _ in documents])[None],
+            "labels": labels[None],
+            "cu_seq_lens_q": cu_seq_lens,
+            "cu_seq_lens_k": cu_seq_lens,
+            "max_length_q": longest,
+            "max_length_k": longest,
+            "supervised_rows": rows,
+            "supervised_targets": targets,
+        }
+
+    def _supervised(self, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Rows that predict a supervised token, and the tokens; a document's first label is -100 already."""
+        rows = (labels[1:] != IGNORE_INDEX).nonzero().squeeze(1)
+        size = max(-(-len(rows) // self.row_bucket), 1) * self.row_bucket
+        padded_rows = torch.zeros(size, dtype=torch.int64)
+        padded_targets = torch.full((size,), IGNORE_INDEX, dtype=torch.int64)
+        padded_rows[: len(rows)] = rows
+        padded_targets[: len(rows)] = labels[rows + 1]
+        return padded_rows, padded_targets
+
+
+def _document(sample: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Tokens and labels of one sample, padding dropped and the first label masked."""
+    ids = torch.as_tensor(sample["input_ids"], dtype=torch.int64)
+    labels = sample.get("labels")
+    labels = ids.clone() if labels is None else torch.as_tensor(labels, dtype=torch.int64).clone()
+    mask = sample.get("attention_mask")
+    if mask is not None:
+        keep = torch.as_tensor(mask).bool()
+        ids, labels = ids[keep], labels[keep]
+    labels[:1] = IGNORE_INDEX
+    return ids, labels

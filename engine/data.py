@@ -1,0 +1,282 @@
+"""From user data to token ids with a loss mask.
+
+    text                  BOS? text EOS               loss on all
+    prompt + completion   BOS? prompt completion EOS  loss on the completion and EOS
+    messages              the tokenizer's template    loss on each assistant turn, its end of turn, and EOS
+
+Masks are made by position, never by token id: padding may be the same token as EOS. A text longer than max_length
+becomes consecutive pieces that lose nothing. The other shapes are cut at max_length, and counted; a prompt that alone
+fills it is an error, because nothing of that sample could be learned.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from engine.chat import TemplateError, assistant_spans
+from engine.collator import IGNORE_INDEX
+from engine.records import DataError, Records, read_records
+
+logger = logging.getLogger(__name__)
+
+ENCODE_BATCH = 1000
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Token ids of one record and which of them the model learns to predict."""
+
+    number: int
+    ids: list[int]
+    learned: list[bool]
+
+
+class TokenizedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
+    """Samples as flat arrays: 5 bytes per token, whatever the number of samples.
+
+    Item i is `{"input_ids": int64 [n], "labels": int64 [n]}`; labels are unshifted, -100 where there is no loss, always
+    at the first token.
+
+    Attributes:
+        truncated: how many samples were cut at max_length.
+    """
+
+    def __init__(self, samples: Iterable[Sample], truncated: int = 0) -> None:
+        ids, learned, lengths = [], [], []
+        for sample in samples:
+            ids.append(np.asarray(sample.ids, dtype=np.int32))
+            learned.append(np.asarray(sample.learned, dtype=np.bool_))
+            lengths.append(len(sample.ids))
+        self._ids = np.concatenate(ids)
+        self._learned = np.concatenate(learned)
+        self._ends = np.cumsum(lengths)
+        self.truncated = truncated
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        if not -len(self) <= index < len(self):
+            raise IndexError(f"sample {index} of {len(self)}")
+        index %= len(self)
+        rows = slice(self._ends[index - 1] if index else 0, self._ends[index])
+        ids = torch.from_numpy(self._ids[rows].astype(np.int64))
+        labels = torch.where(torch.from_numpy(self._learned[rows]), ids, IGNORE_INDEX)
+        labels[0] = IGNORE_INDEX
+        return {"input_ids": ids, "labels": labels}
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all samples together."""
+        return len(self._ids)
+
+
+def prepare_dataset(
+    data: Any, tokenizer: PreTrainedTokenizerBase, *, max_length: int, vocab_size: int
+) -> TokenizedDataset:
+    """Read, check and tokenize user data.
+
+    Args:
+        data: a jsonl path, a `datasets.Dataset`, a list of dictionaries, or `Records`.
+        tokenizer: the backbone's tokenizer.
+        max_length: longest sample, in tokens.
+        vocab_size: rows of the backbone's embedding; ids at or above it are refused.
+
+    Raises:
+        DataError: names the file, line and field, and what to do.
+    """
+    if max_length < 2:
+        raise DataError(f"max_length is {max_length}; expected at least 2: one token to read, one to predict")
+    records = read_records(data)
+    truncated = 0
+    samples = []
+    for sample in _encode(records, tokenizer):
+        largest, smallest = max(sample.ids, default=0), min(sample.ids, default=0)
+        if largest >= vocab_size or smallest < 0:
+            raise records.error(
+                sample.number,
+                f"token id {largest if largest >= vocab_size else smallest} is outside the backbone's embedding of "
+                f"{vocab_size} rows; use the tokenizer that belongs to the backbone, without added tokens "
+                "(the embedding is frozen and never resized)",
+            )
+        truncated += len(sample.ids) > max_length and not all(sample.learned)
+        samples.extend(_fitted(records, sample, max_length))
+    if truncated:
+        logger.warning(
+            "%s: %d of %d samples are longer than max_length %d and were cut there; raise it to keep them whole",
+            records.source,
+            truncated,
+            len(records),
+            max_length,
+        )
+    return TokenizedDataset(samples, truncated)
+
+
+def _fitted(records: Records, sample: Sample, max_length: int) -> Iterator[Sample]:
+    """Pieces of at most max_length tokens.
+
+    Where everything is learned, each piece starts with the last token of the one before, so that every token but the
+    first is predicted exactly once. Masked samples are cut.
+    """
+    if len(sample.ids) < 2:
+        raise records.error(sample.number, "gives fewer than two tokens: one to read, one to predict", records.shape)
+    if all(sample.learned):
+        for start in range(0, len(sample.ids) - 1, max_length - 1):
+            piece = slice(start, start + max_length)
+            yield Sample(sample.number, sample.ids[piece], sample.learned[piece])
+        return
+    if not any(sample.learned[1:max_length]):
+        fitting = next((place for place, learned in enumerate(sample.learned) if learned and place), None)
+        if fitting is None:
+            raise records.error(sample.number, "has no token to learn: all labels are masked", "labels")
+        raise records.error(
+            sample.number,
+            f"the prompt alone takes {fitting} tokens and max_length is {max_length}, so nothing of the answer is "
+            "left; shorten the prompt or raise max_length",
+            records.shape,
+        )
+    yield Sample(sample.number, sample.ids[:max_length], sample.learned[:max_length])
+
+
+def _encode(records: Records, tokenizer: PreTrainedTokenizerBase) -> Iterator[Sample]:
+    """One sample per record, of any length."""
+    if records.shape == "input_ids":
+        for number, row in records.rows:
+            yield _tokenized(number, row)
+        return
+    if tokenizer.eos_token_id is None:
+        raise DataError(
+            "the tokenizer has no EOS token, so the model could not learn where to stop; set tokenizer.eos_token"
+        )
+    if records.shape == "messages":
+        yield from _encode_conversations(records, tokenizer)
+        return
+    prefix = prefix_ids(tokenizer)
+    for start in range(0, len(records), ENCODE_BATCH):
+        rows = records.rows[start : start + ENCODE_BATCH]
+        if records.shape == "text":
+            for (number, _), ids in zip(rows, _ids(tokenizer, [row["text"] for _, row in rows]), strict=True):
+                ids = _closed(_opened(ids, prefix), tokenizer)
+                yield Sample(number, ids, [True] * len(ids))
+        else:
+            yield from _encode_completions(rows, tokenizer, prefix)
+
+
+def _encode_completions(
+    rows: Iterable[tuple[int, Mapping[str, Any]]], tokenizer: PreTrainedTokenizerBase, prefix: list[int]
+) -> Iterator[Sample]:
+    """Prompt tokens exactly as `generate` will see them, then the completion's."""
+    prompts = _ids(tokenizer, [row["prompt"] for _, row in rows])
+    together = _ids(tokenizer, [row["prompt"] + row["completion"] for _, row in rows])
+    for (number, row), prompt, both in zip(rows, prompts, together, strict=True):
+        # A token may span the border; then the halves are tokenized on their own, as they are when generating.
+        joined = both[: len(prompt)] == prompt and len(both) > len(prompt)
+        completion = both[len(prompt) :] if joined else _ids(tokenizer, [row["completion"]])[0]
+        opening = _opened(prompt, prefix)
+        completion = _closed(completion, tokenizer)
+        yield Sample(number, opening + completion, [False] * len(opening) + [True] * len(completion))
+
+
+def _encode_conversations(records: Records, tokenizer: PreTrainedTokenizerBase) -> Iterator[Sample]:
+    """Conversations through the tokenizer's chat template, learned where the assistant speaks."""
+    if not tokenizer.chat_template:
+        raise DataError(
+            "holds `messages`, but the tokenizer has no chat template; write the data as `prompt` and `completion`, "
+            "or set tokenizer.chat_template (instruct versions of a backbone usually have one)",
+            source=records.source,
+        )
+    if not tokenizer.is_fast:
+        raise DataError("`messages` need a fast tokenizer, which knows the place of every token", source=records.source)
+    for number, row in records.rows:
+        try:
+            yield _conversation(number, row["messages"], tokenizer)
+        except TemplateError as error:
+            problem = f"{error}; mark the assistant's turns with {{% generation %}} in the template, or use `prompt`"
+            raise records.error(number, problem, "messages", row["messages"]) from error
+
+
+def _conversation(number: int, messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> Sample:
+    if re.search(r"\{%-?\s*generation\b", tokenizer.get_chat_template()):
+        encoded = _rendered(
+            tokenizer, messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
+        )
+        ids, learned = list(encoded["input_ids"]), [bool(flag) for flag in encoded["assistant_masks"]]
+    else:
+        text, spans = assistant_spans(
+            messages,
+            lambda part, opening: _rendered(tokenizer, part, tokenize=False, add_generation_prompt=opening),
+        )
+        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        ids = list(encoded["input_ids"])
+        learned = [
+            any(start <= first < end for start, end in spans) and last > first
+            for first, last in encoded["offset_mapping"]
+        ]
+    if messages[-1]["role"] == "assistant" and ids and ids[-1] != tokenizer.eos_token_id:
+        return Sample(number, [*ids, tokenizer.eos_token_id], [*learned, True])
+    return Sample(number, ids, learned)
+
+
+def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Iterable[Mapping[str, str]], **options: Any) -> Any:
+    """apply_chat_template, whose Jinja errors (roles that do not alternate) are the data's fault."""
+    from jinja2 import TemplateError as JinjaError
+
+    try:
+        return tokenizer.apply_chat_template(list(messages), **options)
+    except JinjaError as error:
+        raise TemplateError(f"the chat template refuses the conversation ({error})") from error
+
+
+def _tokenized(number: int, row: Mapping[str, list[int]]) -> Sample:
+    """An already tokenized record, its padding dropped."""
+    ids = row["input_ids"]
+    learned = [label != IGNORE_INDEX for label in row.get("labels", ids)]
+    mask = row.get("attention_mask", [1] * len(ids))
+    return Sample(
+        number,
+        [token for token, keep in zip(ids, mask, strict=True) if keep],
+        [flag for flag, keep in zip(learned, mask, strict=True) if keep],
+    )
+
+
+def prefix_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What the tokenizer puts before a text on its own, usually BOS or nothing."""
+    bare = _ids(tokenizer, ["a"])[0]
+    dressed = tokenizer("a", verbose=False)["input_ids"]
+    place = next(start for start in range(len(dressed)) if dressed[start : start + len(bare)] == bare)
+    return dressed[:place]
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
+    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+
+
+def _opened(ids: list[int], prefix: list[int]) -> list[int]:
+    """`ids` behind the prefix, which a text that spells out its BOS has already."""
+    return ids if ids[: len(prefix)] == prefix else prefix + ids
+
+
+def _closed(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """`ids` with EOS at the end, which a text that spells it out has already."""
+    return ids if ids[-1:] == [tokenizer.eos_token_id] else [*ids, tokenizer.eos_token_id]
+
+
+def show_sample(sample: Mapping[str, Tensor], tokenizer: PreTrainedTokenizerBase) -> str:
+    """Decode one sample, with [[ ]] around what the loss is on."""
+    ids, learned = sample["input_ids"].tolist(), (sample["labels"] != IGNORE_INDEX).tolist()
+    shown, start = [], 0
+    for place in range(1, len(ids) + 1):
+        if place == len(ids) or learned[place] != learned[start]:
+            text = tokenizer.decode(ids[start:place])
+            shown.append(f"[[{text}]]" if learned[start] else text)
+            start = place
+    return "".join(shown)

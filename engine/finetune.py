@@ -1,0 +1,266 @@
+"""The main job: a backbone and a jsonl file in, a trained side network, its measurements and two samples out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from engine.arguments import LadderArguments
+from engine.backbone.families import expected_tensors
+from engine.checkpoint import CONFIG_NAME
+from engine.collator import IGNORE_INDEX
+from engine.config import LadderConfig
+from engine.data import TokenizedDataset, prefix_ids, prepare_dataset, show_sample
+from engine.model import LadderForCausalLM
+from engine.options import TrainOptions
+from engine.quickstart import defaults
+from engine.records import DataError, Records, read_records
+from engine.summary import SUMMARY_FILE, PeakMemory, Summary
+from engine.trainer import LadderTrainer
+
+HELDOUT_SHARE, MAX_HELDOUT = 0.05, 200
+SHOWN_CHARACTERS = 600
+SHOWN_NEW_TOKENS = 64
+
+Echo = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class _Data:
+    train: TokenizedDataset
+    heldout: TokenizedDataset
+    description: str
+
+
+def finetune(options: TrainOptions, echo: Echo) -> Summary:
+    """Train a side network and leave adapter and summary.json in `options.output`.
+
+    Args:
+        options: what to train on what; None for model or data means the shipped one.
+        echo: prints one message.
+
+    Raises:
+        ValueError: an output folder that holds a finished run, a backbone or configuration that cannot be used, or data
+            that cannot be trained on (`DataError`).
+    """
+    output = Path(options.output)
+    check_output(output, options.overwrite)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    # The cheap checks come before the expensive load.
+    config = LadderConfig.preset(options.preset, reduction_factor=options.reduction_factor, seed=options.seed)
+    records = _records(options)
+    memory = PeakMemory(device)
+    model = LadderForCausalLM.from_backbone(options.model or defaults.backbone_path(), config, device=device)
+    tokenizer = model.backbone.tokenizer()
+    data = _tokenized(options, records, tokenizer, model)
+    echo(_describe(options, model, data, device))
+    echo("First sample, with [[ ]] around what the loss is on:\n" + _indented(show_sample(data.train[0], tokenizer)))
+
+    trainer = LadderTrainer(
+        model,
+        _arguments(options, device),
+        train_dataset=data.train,
+        eval_dataset=data.heldout,
+        processing_class=tokenizer,
+    )
+    before = trainer.evaluate()["eval_loss"]
+    echo(f"Held-out loss before training: {before:.4f}")
+    steps = trainer.train().global_step
+    after = trainer.evaluate()["eval_loss"]
+    trainer.save_model(str(output))
+    summary = Summary(
+        heldout_loss_before=before,
+        heldout_loss_after=after,
+        steps=steps,
+        seconds=round(trainer.clock.seconds, 3),
+        tokens_per_second=round(trainer.clock.tokens / trainer.clock.seconds, 1),
+        peak_mib=round(memory.mib(), 1),
+        trainable_parameters=_trainable(model),
+        preset=options.preset,
+        device=device,
+    )
+    for number in sorted({0, len(data.heldout) // 2}):
+        echo(_generation(model, tokenizer, data.heldout[number], number))
+    summary.write(output)
+    echo(_result(summary, output))
+    return summary
+
+
+def check_output(output: Path, overwrite: bool) -> None:
+    """Refuse a folder that holds a finished run, unless it may be replaced.
+
+    Raises:
+        ValueError: there is one, or `output` is no folder.
+    """
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"{output}: is a file; choose a folder with --output")
+    found = [name for name in (SUMMARY_FILE, CONFIG_NAME) if (output / name).exists()]
+    if found and not overwrite:
+        raise ValueError(
+            f"{output}: holds a finished run ({', '.join(found)}); choose another folder with --output, or replace it "
+            "with --overwrite"
+        )
+
+
+def _records(options: TrainOptions) -> tuple[Records, Records, str]:
+    """Training records, held-out records, and where the latter come from."""
+    if options.data is None:
+        train = read_records(defaults.train_path())
+        heldout = read_records(options.eval_data or defaults.heldout_path())
+        return train, heldout, "other modules" if options.eval_data is None else options.eval_data
+    train = read_records(options.data)
+    if options.eval_data is not None:
+        return train, read_records(options.eval_data), options.eval_data
+    count = min(max(round(len(train) * HELDOUT_SHARE), 1), MAX_HELDOUT)
+    if len(train) <= count:
+        raise DataError("holds one record; add more, or name held-out data with --eval-data", source=options.data)
+    return *train.split(count, options.seed), f"drawn from the data with seed {options.seed}"
+
+
+def _tokenized(
+    options: TrainOptions,
+    records: tuple[Records, Records, str],
+    tokenizer: PreTrainedTokenizerBase,
+    model: LadderForCausalLM,
+) -> _Data:
+    train, heldout = (
+        prepare_dataset(
+            part, tokenizer, max_length=options.max_length, vocab_size=model.backbone.config.vocab_size
+        )
+        for part in records[:2]
+    )
+    description = (
+        f"{len(train):,} samples, {train.num_tokens:,} tokens; held out: {len(heldout):,} samples, {records[2]}"
+    )
+    return _Data(train, heldout, description)
+
+
+def _arguments(options: TrainOptions, device: str) -> LadderArguments:
+    steps = options.steps or -1
+    return LadderArguments(
+        output_dir=options.output,
+        max_steps=steps,
+        learning_rate=options.learning_rate,
+        per_device_train_batch_size=options.batch_size,
+        per_device_eval_batch_size=options.batch_size,
+        gradient_accumulation_steps=options.gradient_accumulation_steps,
+        max_length=options.max_length,
+        seed=options.seed,
+        logging_steps=max(steps // 10, 1) if options.steps else 10,
+        save_strategy="no",
+        use_cpu=device == "cpu",
+        dataloader_pin_memory=device != "cpu",
+    )
+
+
+def _describe(options: TrainOptions, model: LadderForCausalLM, data: _Data, device: str) -> str:
+    backbone, dims = model.backbone, model.side_network.dims
+    name = options.model or "the shipped quickstart model"
+    precision = str(backbone.dtype).removeprefix("torch.")
+    return (
+        f"Backbone      {name}: {backbone_parameters(model):,} parameters, {backbone.nbytes / 2**20:,.1f} MiB, frozen\n"
+        f"Side network  {options.preset}: {_trainable(model):,} trainable parameters, "
+        f"{model.side_network.num_side_layers} layers of width {dims.side_dim}\n"
+        f"Data          {data.description}\n"
+        f"Device        {device}, {precision}"
+    )
+
+
+def backbone_parameters(model: LadderForCausalLM) -> int:
+    """Parameters of the frozen backbone before quantization, a tied head counted once."""
+    return sum(torch.Size(tensor.shape).numel() for tensor in expected_tensors(model.backbone.config).values())
+
+
+def _trainable(model: LadderForCausalLM) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def generate_text(
+    model: LadderForCausalLM, tokenizer: PreTrainedTokenizerBase, prompt_ids: Tensor, max_new_tokens: int
+) -> str:
+    """Greedy continuation of int64 prompt_ids [n], without special tokens."""
+    prompt = prompt_ids[None].to(model.backbone.device)
+    was_training = model.training
+    model.eval()
+    generated = model.generate(
+        input_ids=prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        use_cache=True,
+        eos_token_id=_stop_tokens(model, tokenizer),
+        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+    )
+    model.train(was_training)
+    return tokenizer.decode(generated[0, prompt.shape[1] :], skip_special_tokens=True)
+
+
+def _stop_tokens(model: LadderForCausalLM, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """EOS of the tokenizer, which training supervised, and whatever ends the backbone's own turns."""
+    own = model.generation_config.eos_token_id
+    own = [] if own is None else own if isinstance(own, list) else [own]
+    return sorted({tokenizer.eos_token_id, *own} - {None})
+
+
+def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> Tensor:
+    """Token ids [n] of a prompt as training saw it: behind BOS, or as a user's turn of the chat template.
+
+    Raises:
+        ValueError: an empty prompt, or no chat template where one is asked for.
+    """
+    if chat:
+        if not tokenizer.chat_template:
+            raise ValueError("the tokenizer has no chat template; leave --chat out")
+        turn = [{"role": "user", "content": prompt}]
+        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    else:
+        prefix, ids = prefix_ids(tokenizer), tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        ids = ids if ids[: len(prefix)] == prefix else prefix + ids
+    if not ids:
+        raise ValueError("the prompt is empty; give some text with --prompt")
+    return torch.tensor(ids)
+
+
+def _generation(
+    model: LadderForCausalLM, tokenizer: PreTrainedTokenizerBase, sample: dict[str, Tensor], number: int
+) -> str:
+    """One held-out prompt, what the data says follows, and what the model says."""
+    ids, learned = sample["input_ids"], (sample["labels"] != IGNORE_INDEX).long()
+    start = int(learned.argmax())
+    if start <= 1:
+        start, end = max(len(ids) // 2, 1), len(ids)
+    else:
+        end = start + int(learned[start:].cumprod(0).sum())
+    reference = tokenizer.decode(ids[start:end], skip_special_tokens=True)
+    answer = generate_text(model, tokenizer, ids[:start], SHOWN_NEW_TOKENS)
+    return (
+        f"Held-out sample {number + 1}\n  prompt:\n{_indented(tokenizer.decode(ids[:start]), keep_end=True)}\n"
+        f"  reference:\n{_indented(reference)}\n  generated:\n{_indented(answer)}"
+    )
+
+
+def _indented(text: str, keep_end: bool = False) -> str:
+    if len(text) > SHOWN_CHARACTERS:
+        text = "... " + text[-SHOWN_CHARACTERS:] if keep_end else text[:SHOWN_CHARACTERS] + " ..."
+    return "\n".join("    " + line for line in text.splitlines())
+
+
+def _result(summary: Summary, output: Path) -> str:
+    before, after = summary.heldout_loss_before, summary.heldout_loss_after
+    change = 100 * (after - before) / before if before else 0.0
+    kind = "allocated" if summary.device == "cuda" else "resident memory growth"
+    return (
+        f"Held-out loss  {before:.4f} -> {after:.4f} ({change:+.1f}%)\n"
+        f"Speed          {summary.tokens_per_second:,.0f} tokens/s, {summary.steps} steps in {summary.seconds:.1f} s\n"
+        f"Peak memory    {summary.peak_mib:,.0f} MiB {kind}\n"
+        f"Saved          {output} (adapter and {SUMMARY_FILE})\n"
+        "Continue with\n"
+        f'  ladder generate --adapter {output} --prompt "..."\n'
+        "  ladder train --model Qwen/Qwen2.5-0.5B --data mine.jsonl --output my-adapter"
+    )

@@ -1,0 +1,190 @@
+"""`transformers.Trainer` for ladder models: a mixin that adds data, the fused loss and measurements, and nothing else.
+
+The stock Trainer owns loop, schedule, callbacks, logging and resume. Three of its habits do not fit and are replaced:
+it would build logits to evaluate, average evaluation losses over batches instead of tokens, and pickle its arguments.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
+
+from engine.arguments import DEFAULT_MAX_LENGTH, LadderArguments
+from engine.checkpoint import load_adapter
+from engine.collator import IGNORE_INDEX, Collator
+from engine.config import LadderConfig
+from engine.data import prepare_dataset
+from engine.model import LadderForCausalLM
+from engine.summary import PeakMemory, StepClock
+
+
+class LadderMixin:
+    """What a Trainer needs to train a `LadderForCausalLM`; goes in front of `Trainer` (or a subclass of it).
+
+    The loss of an optimizer step is the sum over all its supervised tokens divided by their number, however they are
+    cut into micro-batches and processes. Logs gain `tokens_per_second` and `peak_memory_mib`.
+    """
+
+    def __init__(
+        self,
+        model: LadderForCausalLM | str | Path | None = None,
+        args: TrainingArguments | None = None,
+        data_collator: Any = None,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        *rest: Any,
+        ladder_config: LadderConfig | None = None,
+        **others: Any,
+    ) -> None:
+        args = LadderArguments() if args is None else args
+        _check_arguments(args)
+        if model is None:
+            raise ValueError("LadderTrainer needs a model: a LadderForCausalLM, or the path or hub id of a backbone")
+        if isinstance(model, str | Path):
+            model = LadderForCausalLM.from_backbone(model, ladder_config, device=args.device)
+        elif ladder_config is not None:
+            raise ValueError(
+                "ladder_config was given with a model that has a side network already; pass the backbone's path or id "
+                "as model, or leave ladder_config out"
+            )
+        processing_class = model.backbone.tokenizer() if processing_class is None else processing_class
+        train_dataset = _prepared(train_dataset, processing_class, args, model)
+        eval_dataset = _prepared(eval_dataset, processing_class, args, model)
+        # One row per batch: accelerate must not cut a batch into samples, as it would for a stream.
+        args.accelerator_config.dispatch_batches = False
+        super().__init__(
+            model, args, data_collator or Collator(), train_dataset, eval_dataset, processing_class, *rest, **others
+        )
+        for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
+            if getattr(self, name) is not None:
+                raise ValueError(f"{name} needs logits, which are never built here; use generate() in a callback")
+        self.clock = StepClock(self.args.device)
+        self.peak_memory = PeakMemory(self.args.device)
+        self._logged = (0, 0.0)
+        self._eval_total = torch.zeros(2, dtype=torch.float64)
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+    ) -> Tensor | tuple[Tensor, Any]:
+        """Sum of the losses of this pass over `num_items_in_batch`, the supervised tokens of the whole step."""
+        outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
+        loss = outputs.loss
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
+            # num_items_in_batch counts all processes, whose gradients DDP will average instead of adding.
+            loss = loss * self.accelerator.num_processes
+        return (loss, outputs) if return_outputs else loss
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **others: Any) -> Tensor:
+        """The stock step, with its tokens counted."""
+        self.clock.count(inputs["input_ids"].numel())
+        return super().training_step(model, inputs, *rest, **others)
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
+    ) -> tuple[Tensor, None, None]:
+        """Mean loss of one batch; its sum and number of tokens are added to the evaluation's totals."""
+        inputs = self._prepare_inputs(inputs)
+        targets = inputs["supervised_targets"] if "supervised_targets" in inputs else inputs["labels"][..., 1:]
+        count = (targets != IGNORE_INDEX).sum()
+        with torch.no_grad():
+            loss_sum = model(**inputs, num_items_in_batch=1).loss
+        self._eval_total += torch.stack((loss_sum.double(), count.double()))
+        return loss_sum / count.clamp_min(1), None, None
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """The stock loop, whose loss is the mean over all supervised tokens of the set instead of over batches."""
+        self._eval_total = torch.zeros(2, dtype=torch.float64, device=self.args.device)
+        with self.clock.stopped():
+            output = super().evaluation_loop(dataloader, description, True, ignore_keys, metric_key_prefix)
+        loss_sum, count = self.accelerator.reduce(self._eval_total, reduction="sum").tolist()
+        output.metrics[f"{metric_key_prefix}_loss"] = loss_sum / max(count, 1)
+        return output
+
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """The stock training; afterwards `clock` holds the seconds and tokens of its steps."""
+        output = super().train(*args, **kwargs)
+        self.clock.stop()
+        return output
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """The stock log with throughput since the last line and peak memory so far."""
+        if "loss" in logs:
+            tokens, seconds = self._logged
+            self._logged = (self.clock.tokens, self.clock.seconds)
+            if self._logged[1] > seconds:
+                logs["tokens_per_second"] = round((self._logged[0] - tokens) / (self._logged[1] - seconds), 1)
+            logs["peak_memory_mib"] = round(self.peak_memory.mib(), 1)
+        super().log(logs, *args, **kwargs)
+
+    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
+        """The adapter folder, tokenizer included; no pickled arguments."""
+        folder = output_dir or self.args.output_dir
+        if self.args.should_save:
+            self.accelerator.unwrap_model(self.model).save_pretrained(folder, tokenizer=self.processing_class)
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        with self.clock.stopped():
+            super()._save_checkpoint(*args, **kwargs)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        ladder = self.accelerator.unwrap_model(self.model if model is None else model)
+        load_adapter(resume_from_checkpoint, ladder.side_network, ladder.backbone)
+
+    def _load_best_model(self) -> None:
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
+
+
+class LadderTrainer(LadderMixin, Trainer):
+    """`transformers.Trainer` with its signature, for side networks on a frozen backbone.
+
+    Args:
+        model: a `LadderForCausalLM`, or the path or hub id of a backbone; a side network of `ladder_config` (default:
+            the preset "ladder") is then put beside it.
+        args: `LadderArguments` or any `transformers.TrainingArguments`.
+        train_dataset, eval_dataset: a jsonl path, a `datasets.Dataset`, a list of dictionaries (see `engine.data`), or
+            a torch data set of samples with `input_ids` and `labels`; evaluation also takes a dictionary of these.
+        processing_class: the tokenizer; default: the backbone's.
+        ladder_config: keyword only.
+
+    Raises:
+        ValueError: arguments that would need logits (label smoothing, compute_metrics, compute_loss_func), or more than
+            one GPU in one process; data that cannot be trained on (`DataError`).
+    """
+
+
+def _check_arguments(args: TrainingArguments) -> None:
+    """Refuse what the fused loss cannot do instead of ignoring it."""
+    if args.label_smoothing_factor:
+        raise ValueError(f"label_smoothing_factor is {args.label_smoothing_factor}; the fused loss supports 0 only")
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs are visible to one process; start one process per GPU with torchrun, or show it one "
+            "with CUDA_VISIBLE_DEVICES"
+        )
+
+
+def _prepared(data: Any, tokenizer: Any, args: TrainingArguments, model: LadderForCausalLM) -> Any:
+    """User data as token ids; torch data sets are taken as they are."""
+    if data is None or (isinstance(data, torch.utils.data.Dataset) and not hasattr(data, "column_names")):
+        return data
+    if isinstance(data, dict):
+        return {name: _prepared(part, tokenizer, args, model) for name, part in data.items()}
+    max_length = getattr(args, "max_length", None) or DEFAULT_MAX_LENGTH
+    return prepare_dataset(data, tokenizer, max_length=max_length, vocab_size=model.backbone.config.vocab_size)

@@ -1,0 +1,385 @@
+"""User data: every shape, every fault, masks by position, and the collator against its definition."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from checkpoints import tiny_tokenizer
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from tokenizers.processors import TemplateProcessing
+
+from engine.chat import TemplateError, assistant_spans
+from engine.collator import Collator
+from engine.data import TokenizedDataset, prepare_dataset, show_sample
+from engine.records import DataError, read_records
+
+VOCAB_SIZE = 288
+EOS = 256
+PROPERTY = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def write(tmp_path: Path, *lines: Any) -> Path:
+    """A jsonl file of the given lines; bytes are written as they are."""
+    path = tmp_path / "mine.jsonl"
+    path.write_bytes(b"\n".join(line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines))
+    return path
+
+
+def prepared(data: Any, max_length: int = 64, **overrides: Any) -> TokenizedDataset:
+    tokenizer = overrides.pop("tokenizer", None) or tiny_tokenizer()
+    return prepare_dataset(data, tokenizer, max_length=max_length, vocab_size=overrides.pop("vocab_size", VOCAB_SIZE))
+
+
+def learned_text(sample: dict[str, torch.Tensor]) -> str:
+    return tiny_tokenizer().decode(sample["labels"][sample["labels"] != -100])
+
+
+def token_ids(text: str) -> list[int]:
+    return tiny_tokenizer()(text)["input_ids"]
+
+
+# Faults: each is a DataError that names file, line, field and what was found.
+
+TEXT = {"text": "fine"}
+PAIR = {"prompt": "p", "completion": "c"}
+CHAT = {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]}
+FAULTS = {
+    "garbage": ([TEXT, b'{"text": "cut off'], r"mine\.jsonl, line 2: is not valid JSON \(Unterminated string"),
+    "excerpt": ([b'{"text" "x"}'], r"column 9\).*\n    found: '\{\"text\" \"x\"\}'"),
+    "blank lines count": ([TEXT, b"", b"  ", b"{"], "line 4: is not valid JSON"),
+    "array": ([[1, 2]], "line 1: expected a JSON object with `text`.*got a list"),
+    "scalar later": ([TEXT, 7], "line 2: expected a JSON object, got a number"),
+    "no shape": ([{"body": "x", "id": 1}], "line 1: expected the fields .*; got `body`, `id`"),
+    "half a pair": ([{"prompt": "x"}], "line 1: expected the fields .*; got `prompt`"),
+    "two shapes": ([TEXT | PAIR], "line 1: holds `text` and `prompt` at once"),
+    "missing": ([TEXT, {"txt": "x"}], r"line 2, field `text`: is missing; .* first one \(line 1\)\n    found: \{'txt'"),
+    "mixed": ([TEXT, CHAT], "line 2, field `text`: is missing"),
+    "null": ([TEXT, {"text": None}], "line 2, field `text`: is null"),
+    "number": ([TEXT, {"text": 3.5}], "line 2, field `text`: expected text, got a number\n    found: 3.5"),
+    "bool": ([{"prompt": True, "completion": "c"}], "field `prompt`: expected text, got true or false"),
+    "empty text": ([TEXT, {"text": " \n"}], "line 2, field `text`: is empty"),
+    "empty completion": ([PAIR, {"prompt": "p", "completion": ""}], "line 2, field `completion`: is empty"),
+    "surrogate": ([b'{"text": "a\\ud83d"}'], r"field `text`: holds half of a surrogate pair"),
+    "bytes": ([TEXT, b'{"text": "caf\xe9"}'], r"line 2: is not UTF-8 \(byte 14 of the line\)"),
+    "huge number": ([b'{"text": ' + b"1" * 5000 + b"}"], "line 1: is JSON that cannot be read"),
+    "deep": ([b'{"text": ' + b"[" * 200_000], "line 1: is"),
+    "messages text": ([{"messages": "hi"}], 'field `messages`: expected a list of .* got text\n    found: \'hi\''),
+    "message text": ([{"messages": ["hi"]}], r"`messages\[0\]`: expected an object with role and content, got text"),
+    "no content": ([{"messages": [{"role": "user"}]}], r"field `messages\[0\]\.content`: is missing"),
+    "content type": ([{"messages": [{"role": "user", "content": 1}]}], r"`messages\[0\]\.content`: expected text"),
+    "silent assistant": ([{"messages": [{"role": "assistant", "content": ""}]}], r"`messages\[0\]\.content`: is empty"),
+    "no assistant": ([{"messages": [CHAT["messages"][0]]}], "has no message of the role assistant"),
+    "ids": ([{"input_ids": [1, "2"]}], "field `input_ids`: expected a list of integers"),
+    "ids length": ([{"input_ids": [1, 2], "labels": [1]}], "field `labels`: has 1 entries where `input_ids` has 2"),
+    "one id": ([{"input_ids": [1]}], "needs at least two tokens"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_malformed_records_are_named(tmp_path: Path, fault: str) -> None:
+    lines, message = FAULTS[fault]
+    with pytest.raises(DataError, match="(?s)" + message):
+        read_records(write(tmp_path, *lines))
+
+
+def test_error_carries_its_parts(tmp_path: Path) -> None:
+    path = write(tmp_path, TEXT, {"text": 3})
+    with pytest.raises(DataError) as caught:
+        read_records(path)
+    error = caught.value
+    assert (error.source, error.number, error.field, error.excerpt) == (str(path), 2, "text", "3")
+
+
+@pytest.mark.parametrize("content", [b"", b"\n \n"])
+def test_empty_file(tmp_path: Path, content: bytes) -> None:
+    with pytest.raises(DataError, match=r"mine\.jsonl: holds no records; expected one JSON object per line"):
+        read_records(write(tmp_path, content))
+
+
+def test_missing_file_and_wrong_types(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nothing\.jsonl: cannot be read \(No such file"):
+        read_records(tmp_path / "nothing.jsonl")
+    with pytest.raises(TypeError, match=r"pass one of them, as in data\['train'\]"):
+        read_records({"train": [TEXT]})
+    with pytest.raises(TypeError, match="a stream has no length"):
+        read_records(iter([TEXT]))
+    with pytest.raises(DataError, match="data, record 2, field `text`: expected text"):
+        read_records([TEXT, {"text": 1}])
+
+
+def test_byte_order_mark_and_windows_line_ends(tmp_path: Path) -> None:
+    path = tmp_path / "mine.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n{"text": "b"}\r\n')
+    assert [row["text"] for _, row in read_records(path).rows] == ["a", "b"]
+
+
+def test_datasets_dataset() -> None:
+    datasets = pytest.importorskip("datasets")
+    dataset = datasets.Dataset.from_list([PAIR, {"prompt": "q", "completion": "dd"}])
+    assert learned_text(prepared(dataset)[1]) == "dd<eos>"
+    with pytest.raises(DataError, match="record 2, field `completion`: is null"):
+        read_records(datasets.Dataset.from_list([PAIR, {"prompt": "q"}]))
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=8),
+    lambda inner: st.lists(inner, max_size=3)
+    | st.dictionaries(
+        st.sampled_from(["text", "prompt", "completion", "messages", "role", "content", "input_ids", "labels"]),
+        inner,
+        max_size=4,
+    ),
+    max_leaves=12,
+)
+
+
+@PROPERTY
+@given(st.lists(st.binary(max_size=30) | json_values.map(lambda value: json.dumps(value).encode()), max_size=4))
+def test_any_lines_load_or_are_data_errors(tmp_path: Path, lines: list[bytes]) -> None:
+    try:
+        dataset = prepared(write(tmp_path, *lines), max_length=16)
+    except DataError as error:
+        assert str(error)
+    else:
+        assert all((sample["labels"] != -100).any() for sample in dataset)
+
+
+@PROPERTY
+@given(st.lists(st.tuples(st.text(max_size=8), st.text(min_size=1, max_size=8)), min_size=1, max_size=4))
+def test_any_pairs_load_or_are_data_errors(pairs: list[tuple[str, str]]) -> None:
+    try:
+        dataset = prepared([{"prompt": prompt, "completion": completion} for prompt, completion in pairs], 128)
+    except DataError:
+        assert any(not completion.strip() for _, completion in pairs)
+        return
+    for (prompt, completion), sample in zip(pairs, dataset, strict=True):
+        start = max(len(prompt.encode()), 1)
+        ids = list((prompt + completion).encode())
+        assert len(sample["input_ids"]) == len(ids) + 1
+        assert (sample["labels"][:start] == -100).all()
+        assert torch.equal(sample["labels"][start:], sample["input_ids"][start:])
+
+
+# Masks
+
+
+def test_text_is_learned_to_its_end() -> None:
+    sample = prepared([{"text": "ab"}])[0]
+    assert sample["input_ids"].tolist()[-1] == EOS
+    assert sample["labels"].tolist() == [-100, *sample["input_ids"].tolist()[1:]]
+
+
+def test_completion_only_and_eos_supervised_even_if_it_is_padding() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = tokenizer.eos_token
+    sample = prepared([{"prompt": "q<eos>", "completion": "a<eos>b"}], tokenizer=tokenizer)[0]
+    assert learned_text(sample) == "a<eos>b<eos>"
+    assert sample["labels"].tolist()[:2] == [-100, -100]
+
+
+def test_eos_spelled_out_is_not_doubled() -> None:
+    assert learned_text(prepared([{"prompt": "q", "completion": "a<eos>"}])[0]) == "a<eos>"
+
+
+def test_prompt_tokens_are_those_of_the_prompt_alone() -> None:
+    """A tokenizer that merges across the border must not change the prompt that `generate` will see."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"a": 0, "b": 1, "ab": 2, "<eos>": 3}
+    merging = Tokenizer(models.BPE(vocab=vocabulary, merges=[("a", "b")]))
+    merging.pre_tokenizer, merging.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=merging, eos_token="<eos>")
+    sample = prepared([{"prompt": "aa", "completion": "bab"}], tokenizer=tokenizer)[0]
+    assert sample["input_ids"].tolist() == [0, 0, 1, 2, 3]
+    assert sample["labels"].tolist() == [-100, -100, 1, 2, 3]
+
+
+def test_beginning_of_text_is_added_once() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="<pad> $A", special_tokens=[("<pad>", 257)])
+    for text in ("ab", "<pad>ab"):
+        assert prepared([{"text": text}], tokenizer=tokenizer)[0]["input_ids"].tolist()[:1] == [257]
+        sample = prepared([{"prompt": text, "completion": "c"}], tokenizer=tokenizer)[0]
+        assert tokenizer.decode(sample["input_ids"]) == "<pad>abc<eos>"
+        assert tokenizer.decode(sample["labels"][sample["labels"] != -100]) == "c<eos>"
+
+
+def test_assistant_turns_only() -> None:
+    messages = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "one"},
+        {"role": "assistant", "content": "two"},
+        {"role": "user", "content": "two"},
+        {"role": "assistant", "content": "four"},
+    ]
+    sample = prepared([{"messages": messages}])[0]
+    assert learned_text(sample) == "two<eos>four<eos>"
+    start = "<|system|>s<eos><|user|>one<eos><|assistant|>[[two<eos>]]"
+    assert show_sample(sample, tiny_tokenizer()) == start + "<|user|>two<eos><|assistant|>[[four<eos>]]"
+
+
+def test_eos_follows_a_template_that_ends_otherwise() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}[end]\n{% endfor %}"
+        "{% if add_generation_prompt %}[assistant]{% endif %}"
+    )
+    sample = prepared([{"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": " a "}]}],
+                      tokenizer=tokenizer)[0]
+    assert learned_text(sample) == "a[end]<eos>"
+
+
+def test_generation_markers_are_used() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if m.role == 'assistant' %}A:{% generation %}{{ m.content }}{% endgeneration %}"
+        "{% else %}U:{{ m.content }}{% endif %}{% endfor %}"
+    )
+    assert learned_text(prepared([CHAT], tokenizer=tokenizer)[0]) == "a<eos>"
+
+
+def test_templates_that_hide_the_turns() -> None:
+    def rewriting(messages: Any, opening: bool) -> str:
+        return f"{len(messages)}" + "".join(message["content"] for message in messages) + ">" * opening
+
+    with pytest.raises(TemplateError, match="rewrites what comes before message 1"):
+        assistant_spans(CHAT["messages"], rewriting)
+    with pytest.raises(TemplateError, match="changes the content of message 1"):
+        assistant_spans(CHAT["messages"], lambda messages, opening: "x" * len(messages))
+
+
+def test_refusing_template_names_the_line(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(DataError, match=r"line 1, field `messages`: the chat template refuses .*roles must alternate"):
+        prepared(write(tmp_path, CHAT), tokenizer=tokenizer)
+
+
+def test_missing_template_and_missing_eos(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="has no chat template; write the data as `prompt` and `completion`"):
+        prepared(write(tmp_path, CHAT), tokenizer=tiny_tokenizer(chat_template=False))
+    tokenizer = tiny_tokenizer()
+    tokenizer.eos_token = None
+    with pytest.raises(DataError, match="no EOS token"):
+        prepared(write(tmp_path, TEXT), tokenizer=tokenizer)
+
+
+def test_token_ids_beyond_the_embedding(tmp_path: Path) -> None:
+    path = write(tmp_path, {"text": "fine"}, {"text": "<|assistant|>"})
+    with pytest.raises(DataError, match="line 2: token id 260 is outside the backbone's embedding of 258 rows; use"):
+        prepared(path, vocab_size=258)
+    with pytest.raises(DataError, match="record 1: token id -1 is outside"):
+        prepared([{"input_ids": [-1, 5]}])
+
+
+# Lengths
+
+
+@PROPERTY
+@given(st.integers(1, 40), st.integers(2, 12))
+def test_long_text_loses_nothing(length: int, max_length: int) -> None:
+    text = "".join(chr(97 + i % 26) for i in range(length))
+    dataset = prepared([{"text": text}], max_length=max_length)
+    targets = [token for sample in dataset for token in sample["labels"].tolist() if token != -100]
+    assert targets == [*token_ids(text)[1:], EOS]
+    assert all(2 <= len(sample["input_ids"]) <= max_length for sample in dataset)
+    assert dataset.truncated == 0
+
+
+def test_prompt_that_fills_max_length(tmp_path: Path) -> None:
+    path = write(tmp_path, PAIR, {"prompt": "x" * 10, "completion": "y"})
+    with pytest.raises(DataError, match="line 2, field `prompt`: the prompt alone takes 10 tokens and max_length is"):
+        prepared(path, max_length=10)
+    assert learned_text(prepared(path, max_length=11)[1]) == "y"
+
+
+def test_long_completion_is_cut_and_counted(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        dataset = prepared([PAIR, {"prompt": "p", "completion": "y" * 20}], max_length=8)
+    assert dataset.truncated == 1
+    assert learned_text(dataset[1]) == "y" * 7
+    assert "1 of 2 samples are longer than max_length 8 and were cut" in caplog.text
+
+
+def test_max_length_of_one() -> None:
+    with pytest.raises(DataError, match="max_length is 1; expected at least 2"):
+        prepared([TEXT], max_length=1)
+
+
+def test_tokenized_records() -> None:
+    rows = [{"input_ids": [5, 6, 7, 8], "labels": [-100, -100, 7, 8], "attention_mask": [1, 1, 1, 0]}]
+    sample = prepared(rows)[0]
+    assert sample["input_ids"].tolist() == [5, 6, 7]
+    assert sample["labels"].tolist() == [-100, -100, 7]
+    with pytest.raises(DataError, match="record 1, field `labels`: has no token to learn"):
+        prepared([{"input_ids": [5, 6], "labels": [5, -100]}])
+
+
+def test_split_is_seeded_and_complete() -> None:
+    records = read_records([{"text": str(i)} for i in range(20)])
+    train, heldout = records.split(5, seed=1)
+    assert (len(train), len(heldout)) == (15, 5)
+    assert sorted(train.rows + heldout.rows) == sorted(records.rows)
+    assert records.split(5, seed=1)[1].rows == heldout.rows != records.split(5, seed=2)[1].rows
+
+
+def test_dataset_indexing() -> None:
+    dataset = prepared([{"text": "a"}, {"text": "bcd"}])
+    assert len(dataset) == 2 and dataset.num_tokens == 6
+    assert dataset[-1]["input_ids"].tolist() == dataset[1]["input_ids"].tolist() == [*token_ids("bcd"), EOS]
+    with pytest.raises(IndexError):
+        dataset[2]
+
+
+# Collator
+
+
+documents = st.lists(
+    st.lists(st.tuples(st.integers(0, 9), st.booleans()), min_size=1, max_size=9), min_size=1, max_size=5
+)
+
+
+@PROPERTY
+@given(documents, st.integers(1, 7))
+def test_collator_equals_its_definition(documents: list[list[tuple[int, bool]]], bucket: int) -> None:
+    samples = [
+        {
+            "input_ids": torch.tensor([token for token, _ in document]),
+            "labels": torch.tensor([token if learned else -100 for token, learned in document]),
+        }
+        for document in documents
+    ]
+    batch = Collator(row_bucket=bucket)(samples)
+    expected: list[tuple[int, int]] = []
+    positions, ids, starts = [], [], [0]
+    for document in documents:
+        for place, (token, _) in enumerate(document):
+            if place + 1 < len(document) and document[place + 1][1]:
+                expected.append((len(ids), document[place + 1][0]))
+            ids.append(token)
+            positions.append(place)
+        starts.append(len(ids))
+    pairs = list(zip(batch["supervised_rows"].tolist(), batch["supervised_targets"].tolist(), strict=True))
+    assert pairs[: len(expected)] == expected
+    assert set(pairs[len(expected) :]) <= {(0, -100)}
+    assert len(pairs) == max(-(-len(expected) // bucket), 1) * bucket
+    assert batch["input_ids"].tolist() == [ids] and batch["position_ids"].tolist() == [positions]
+    assert batch["cu_seq_lens_q"].tolist() == batch["cu_seq_lens_k"].tolist() == starts
+    assert batch["cu_seq_lens_q"].dtype == torch.int32
+    assert batch["max_length_q"] == batch["max_length_k"] == max(len(document) for document in documents)
+    # Shifted labels, as anything that ignores the two supervised tensors would use them, mean the same.
+    shifted = batch["labels"][0, 1:]
+    assert [(row, target) for row, target in enumerate(shifted.tolist()) if target != -100] == expected
+
+
+def test_collator_drops_padding_and_takes_lists() -> None:
+    batch = Collator()([{"input_ids": [0, 0, 5, 6], "attention_mask": [0, 0, 1, 1]}, {"input_ids": [7, 8]}])
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 8]]
+    assert batch["labels"].tolist() == [[-100, 6, -100, 8]]
