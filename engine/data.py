@@ -206,9 +206,7 @@ def _encode_conversations(records: Records, tokenizer: PreTrainedTokenizerBase) 
 
 def _conversation(number: int, messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> Sample:
     if re.search(r"\{%-?\s*generation\b", tokenizer.get_chat_template()):
-        encoded = _rendered(
-            tokenizer, messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
-        )
+        encoded = _rendered(tokenizer, messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
         ids, learned = list(encoded["input_ids"]), [bool(flag) for flag in encoded["assistant_masks"]]
     else:
         text, spans = assistant_spans(

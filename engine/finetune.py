@@ -129,9 +129,7 @@ def _tokenized(
     model: LadderForCausalLM,
 ) -> _Data:
     train, heldout = (
-        prepare_dataset(
-            part, tokenizer, max_length=options.max_length, vocab_size=model.backbone.config.vocab_size
-        )
+        prepare_dataset(part, tokenizer, max_length=options.max_length, vocab_size=model.backbone.config.vocab_size)
         for part in records[:2]
     )
     description = (

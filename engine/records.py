@@ -82,9 +82,7 @@ class Records:
     def error(self, number: int | None, problem: str, field: str | None = None, value: Any = None) -> DataError:
         """A `DataError` about row `number` of this source."""
         excerpt = None if value is None else excerpt_of(value)
-        return DataError(
-            problem, source=self.source, unit=self.unit, number=number, field=field, excerpt=excerpt
-        )
+        return DataError(problem, source=self.source, unit=self.unit, number=number, field=field, excerpt=excerpt)
 
     def split(self, heldout: int, seed: int) -> tuple[Records, Records]:
         """Training and held-out records: `heldout` of them drawn with `seed`, both in their original order."""

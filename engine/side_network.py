@@ -84,7 +84,6 @@ class SideLayer(nn.Module):
         width, inner = dims.side_dim, dims.intermediate_size
         self.dims = dims
         self.eps = eps
-        # Weights named *_norm are what transformers' Trainer exempts from weight decay.
         self.attention_norm = nn.Parameter(torch.empty(width))
         self.qkv = nn.Parameter(torch.empty((dims.num_heads + 2 * dims.num_kv_heads) * dims.head_dim, width))
         self.attention_out = nn.Parameter(torch.empty(width, dims.num_heads * dims.head_dim))

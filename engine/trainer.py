@@ -84,6 +84,10 @@ class LadderMixin:
             loss = loss * self.accelerator.num_processes
         return (loss, outputs) if return_outputs else loss
 
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Matrices only: decay would pull a gate towards one half and the mix towards the side network."""
+        return [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
+
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **others: Any) -> Tensor:
         """The stock step, with its tokens counted."""
         self.clock.count(inputs["input_ids"].numel())

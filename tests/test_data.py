@@ -69,7 +69,7 @@ FAULTS = {
     "bytes": ([TEXT, b'{"text": "caf\xe9"}'], r"line 2: is not UTF-8 \(byte 14 of the line\)"),
     "huge number": ([b'{"text": ' + b"1" * 5000 + b"}"], "line 1: is JSON that cannot be read"),
     "deep": ([b'{"text": ' + b"[" * 200_000], "line 1: is"),
-    "messages text": ([{"messages": "hi"}], 'field `messages`: expected a list of .* got text\n    found: \'hi\''),
+    "messages text": ([{"messages": "hi"}], "field `messages`: expected a list of .* got text\n    found: 'hi'"),
     "message text": ([{"messages": ["hi"]}], r"`messages\[0\]`: expected an object with role and content, got text"),
     "no content": ([{"messages": [{"role": "user"}]}], r"field `messages\[0\]\.content`: is missing"),
     "content type": ([{"messages": [{"role": "user", "content": 1}]}], r"`messages\[0\]\.content`: expected text"),
@@ -129,11 +129,13 @@ def test_datasets_dataset() -> None:
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=8),
-    lambda inner: st.lists(inner, max_size=3)
-    | st.dictionaries(
-        st.sampled_from(["text", "prompt", "completion", "messages", "role", "content", "input_ids", "labels"]),
-        inner,
-        max_size=4,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(["text", "prompt", "completion", "messages", "role", "content", "input_ids", "labels"]),
+            inner,
+            max_size=4,
+        )
     ),
     max_leaves=12,
 )
@@ -231,8 +233,9 @@ def test_eos_follows_a_template_that_ends_otherwise() -> None:
         "{% for m in messages %}[{{ m.role }}]{{ m.content | trim }}[end]\n{% endfor %}"
         "{% if add_generation_prompt %}[assistant]{% endif %}"
     )
-    sample = prepared([{"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": " a "}]}],
-                      tokenizer=tokenizer)[0]
+    sample = prepared(
+        [{"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": " a "}]}], tokenizer=tokenizer
+    )[0]
     assert learned_text(sample) == "a[end]<eos>"
 
 

@@ -78,7 +78,10 @@ def test_a_string_a_jsonl_file_and_defaults(checkpoint: Path, tmp_path: Path) ->
     data = tmp_path / "mine.jsonl"
     data.write_text("\n".join(json.dumps(row) for row in PAIRS))
     trainer = LadderTrainer(
-        str(checkpoint), arguments(tmp_path / "out", max_steps=30), train_dataset=data, eval_dataset=PAIRS[:6],
+        str(checkpoint),
+        arguments(tmp_path / "out", max_steps=30),
+        train_dataset=data,
+        eval_dataset=PAIRS[:6],
         ladder_config=CONFIG,
     )
     before = trainer.evaluate()["eval_loss"]
@@ -110,8 +113,13 @@ def test_loss_of_a_step_is_the_mean_over_its_supervised_tokens(model: LadderForC
     for batch, accumulation in ((4, 1), (2, 2), (1, 4)):
         trainer = LadderTrainer(
             model,
-            arguments(tmp_path, max_steps=1, per_device_train_batch_size=batch, learning_rate=1e-12,
-                      gradient_accumulation_steps=accumulation),
+            arguments(
+                tmp_path,
+                max_steps=1,
+                per_device_train_batch_size=batch,
+                learning_rate=1e-12,
+                gradient_accumulation_steps=accumulation,
+            ),
             train_dataset=data,
         )
         trainer.train()
@@ -128,8 +136,14 @@ def test_micro_batches_are_equivalent(checkpoint: Path, tmp_path: Path, optimize
         model.side_network.double()
         trainer = LadderTrainer(
             model,
-            arguments(tmp_path, max_steps=3, optim=optimizer, per_device_train_batch_size=batch,
-                      gradient_accumulation_steps=accumulation, seed=3),
+            arguments(
+                tmp_path,
+                max_steps=3,
+                optim=optimizer,
+                per_device_train_batch_size=batch,
+                gradient_accumulation_steps=accumulation,
+                seed=3,
+            ),
             train_dataset=RAGGED,
         )
         start = side_weights(model)
@@ -216,8 +230,17 @@ def test_resume_equals_an_uninterrupted_run(checkpoint: Path, tmp_path: Path, st
 def test_best_model_is_loaded_at_the_end(model: LadderForCausalLM, tmp_path: Path) -> None:
     trainer = LadderTrainer(
         model,
-        arguments(tmp_path, max_steps=3, save_strategy="steps", save_steps=1, eval_strategy="steps", eval_steps=1,
-                  load_best_model_at_end=True, learning_rate=0.3, max_grad_norm=0.0),
+        arguments(
+            tmp_path,
+            max_steps=3,
+            save_strategy="steps",
+            save_steps=1,
+            eval_strategy="steps",
+            eval_steps=1,
+            load_best_model_at_end=True,
+            learning_rate=0.3,
+            max_grad_norm=0.0,
+        ),
         train_dataset=PAIRS,
         eval_dataset=PAIRS[:6],
     )
@@ -230,8 +253,15 @@ def test_plain_arguments_padded_batches_and_streams(model: LadderForCausalLM, tm
     data = tokenized(model, PAIRS[:4])
     expected = torch.cat(token_losses(model.eval(), data)).mean().item()
     args = TrainingArguments(
-        str(tmp_path), max_steps=1, per_device_train_batch_size=4, learning_rate=1e-12, save_strategy="no",
-        logging_steps=1, use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False,
+        str(tmp_path),
+        max_steps=1,
+        per_device_train_batch_size=4,
+        learning_rate=1e-12,
+        save_strategy="no",
+        logging_steps=1,
+        use_cpu=True,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
     )
 
     def padded(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -288,3 +318,17 @@ def test_same_seed_same_bits(checkpoint: Path, tmp_path: Path) -> None:
         trainer.train()
         results.append(side_weights(trainer.model))
     assert all(torch.equal(results[0][name], results[1][name]) for name in results[0])
+
+
+def test_weight_decay_reaches_matrices_only(checkpoint: Path, tmp_path: Path) -> None:
+    config = LadderConfig.preset("qst", reduction_factor=2)
+    trainer = LadderTrainer(
+        LadderForCausalLM.from_backbone(load_backbone(checkpoint, dtype=torch.float32), config),
+        arguments(tmp_path, weight_decay=0.1),
+        train_dataset=PAIRS,
+    )
+    groups = trainer.create_optimizer().param_groups
+    decayed = {id(p) for group in groups if group["weight_decay"] for p in group["params"]}
+    expected = {name for name, p in trainer.model.named_parameters() if p.ndim > 1}
+    assert {name for name, p in trainer.model.named_parameters() if id(p) in decayed} == expected
+    assert any("gate_logit" in name for name, _ in trainer.model.named_parameters())
