@@ -114,8 +114,12 @@ def save_adapter(
         backbone: the one it was trained beside.
         weights: the side network's state dict.
         tokenizer: saved along, chat template included.
+
+    Raises:
+        ValueError: the folder holds another model.
     """
     folder = Path(folder)
+    check_no_foreign_model(folder)
     folder.mkdir(parents=True, exist_ok=True)
     record = BackboneRecord.of(backbone)
     tensors = {name: weight.detach().to("cpu", torch.float32).contiguous() for name, weight in weights.items()}
@@ -125,6 +129,19 @@ def save_adapter(
     _write(folder / "README.md", _model_card(config, record, sum(t.numel() for t in tensors.values())).encode())
     _write(folder / WEIGHTS_NAME, serialize_tensors(tensors, metadata={"format": "pt"}))
     _write(folder / CONFIG_NAME, (json.dumps(content, indent=2) + "\n").encode())
+
+
+def check_no_foreign_model(folder: Path) -> None:
+    """Refuse a folder that holds a model which is no adapter: its config.json, tokenizer and README would be lost.
+
+    Raises:
+        ValueError: there is a config.json without a ladder_config.json.
+    """
+    if (folder / "config.json").exists() and not (folder / CONFIG_NAME).exists():
+        raise ValueError(
+            f"{folder}: holds another model, perhaps the backbone itself, which an adapter would overwrite; choose an "
+            "empty folder"
+        )
 
 
 def read_adapter(folder: str | Path) -> AdapterRecord:

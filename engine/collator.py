@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-IGNORE_INDEX = -100
+from engine.rows import IGNORE_INDEX
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,13 @@ def _document(sample: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     ids = torch.as_tensor(sample["input_ids"], dtype=torch.int64)
     labels = sample.get("labels")
     labels = ids.clone() if labels is None else torch.as_tensor(labels, dtype=torch.int64).clone()
+    if ids.shape != labels.shape:
+        raise ValueError(f"a sample has {len(ids)} input_ids and {len(labels)} labels; expected one label per token")
     mask = sample.get("attention_mask")
     if mask is not None:
         keep = torch.as_tensor(mask).bool()
+        if keep.shape != ids.shape:
+            raise ValueError(f"a sample has {len(ids)} input_ids and an attention_mask of {len(keep)}")
         ids, labels = ids[keep], labels[keep]
     labels[:1] = IGNORE_INDEX
     return ids, labels

@@ -12,10 +12,11 @@ from transformers import PreTrainedTokenizerBase
 
 from engine.arguments import LadderArguments
 from engine.backbone.families import expected_tensors
-from engine.checkpoint import CONFIG_NAME
+from engine.checkpoint import CONFIG_NAME, check_no_foreign_model
 from engine.collator import IGNORE_INDEX
 from engine.config import LadderConfig
 from engine.data import TokenizedDataset, prefix_ids, prepare_dataset, show_sample
+from engine.dtypes import compute_dtype
 from engine.model import LadderForCausalLM
 from engine.options import TrainOptions
 from engine.quickstart import defaults
@@ -59,6 +60,9 @@ def finetune(options: TrainOptions, echo: Echo) -> Summary:
     tokenizer = model.backbone.tokenizer()
     data = _tokenized(options, records, tokenizer, model)
     echo(_describe(options, model, data, device))
+    context = model.backbone.config.max_position_embeddings
+    if options.max_length > context:
+        echo(f"Warning: max_length {options.max_length} is beyond the {context} positions the backbone was made for.")
     echo("First sample, with [[ ]] around what the loss is on:\n" + _indented(show_sample(data.train[0], tokenizer)))
 
     trainer = LadderTrainer(
@@ -99,6 +103,7 @@ def check_output(output: Path, overwrite: bool) -> None:
     """
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output}: is a file; choose a folder with --output")
+    check_no_foreign_model(output)
     found = [name for name in (SUMMARY_FILE, CONFIG_NAME) if (output / name).exists()]
     if found and not overwrite:
         raise ValueError(
@@ -152,6 +157,8 @@ def _arguments(options: TrainOptions, device: str) -> LadderArguments:
         logging_steps=max(steps // 10, 1) if options.steps else 10,
         save_strategy="no",
         use_cpu=device == "cpu",
+        # fp16 gradients of single tokens underflow without a loss scale.
+        fp16=device == "cuda" and compute_dtype(device) == torch.float16,
         dataloader_pin_memory=device != "cpu",
     )
 

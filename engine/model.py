@@ -7,6 +7,7 @@ only. `device` moves take it along, dtype casts do not. Copies of the model shar
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,13 @@ from engine.side_network import SideNetwork
 from ladder_kernels import Workspace, linear_cross_entropy
 
 _SIDE_PREFIX = "model.side_network."
+
+
+@dataclass
+class LadderOutput(CausalLMOutputWithPast):
+    """What `LadderForCausalLM.forward` returns; `num_supervised` (int64, 0-dim) counts the tokens behind the loss."""
+
+    num_supervised: Tensor | None = None
 
 
 class FrozenHead(nn.Module):
@@ -203,7 +211,8 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
         record = read_adapter(folder)
         if not isinstance(backbone, Backbone):
             source = backbone or record.backbone.source
-            dtype = getattr(torch, dtype) if isinstance(dtype, str) and dtype != "auto" else dtype
+            if isinstance(dtype, str) and dtype != "auto":
+                dtype = _torch_dtype(dtype)
             try:
                 backbone = load_backbone(
                     source,
@@ -284,7 +293,7 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
         supervised_targets: Tensor | None = None,
         return_dict: bool | None = None,
         **unsupported: Any,
-    ) -> CausalLMOutputWithPast | tuple[Tensor, ...]:
+    ) -> LadderOutput | tuple[Tensor, ...]:
         """Loss of the supervised tokens, or logits where nothing is supervised.
 
         Args:
@@ -297,7 +306,7 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
             cu_seq_lens_q: int [documents + 1], cumulated document lengths over the flattened batch.
             cu_seq_lens_k: the same, not read; as are max_length_q and max_length_k.
             logits_to_keep: logits of the last this many columns only (0: all), or of these column indices.
-            num_items_in_batch: what the summed loss is divided by; None: the number of supervised tokens.
+            num_items_in_batch: what the summed loss is divided by, at least 1; None: the number of supervised tokens.
             supervised_rows: int64 [R], rows of the flattened, unpadded batch whose logits are supervised; used instead
                 of labels, together with supervised_targets.
             supervised_targets: int64 [R], the token each predicts, -100 on entries that only fill a bucket.
@@ -316,19 +325,19 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError("labels with past_key_values: a loss is over whole documents, leave the cache out")
         use_cache = use_cache and not supervised
         rows, cache = enter(input_ids, attention_mask, position_ids, cu_seq_lens_q, past_key_values, use_cache)
-        loss = logits = None
+        loss = logits = count = None
         if supervised:
             chosen, targets = supervision(rows, labels, supervised_rows, supervised_targets)
             hidden = self.model.combined(*self.model.run(rows), chosen)
             total = self.model.loss(hidden, targets)
-            if num_items_in_batch is None:
-                num_items_in_batch = (targets != IGNORE_INDEX).sum().clamp_min(1)
-            loss = total / num_items_in_batch
+            count = (targets != IGNORE_INDEX).sum()
+            # At least 1: a step without a supervised token has the loss 0, not NaN.
+            loss = total / torch.as_tensor(count if num_items_in_batch is None else num_items_in_batch).clamp_min(1)
         else:
             chosen, kept = rows.columns(logits_to_keep)
             hidden = self.model.combined(*self.model.run(rows, cache), chosen)
             logits = kept.padded(F.linear(hidden, self.backbone.head_weight))
-        output = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
+        output = LadderOutput(loss=loss, logits=logits, past_key_values=cache, num_supervised=count)
         return output.to_tuple() if return_dict is False else output
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
@@ -349,7 +358,7 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
         )
 
     def gradient_checkpointing_enable(self, *args: Any, **kwargs: Any) -> None:
-        """Accepted without effect: the backbone stores nothing for backward, so there is nothing to recompute."""
+        """Accepted without effect: the backbone stores nothing for backward that could be recomputed instead."""
 
     def gradient_checkpointing_disable(self) -> None:
         """Accepted without effect, see `gradient_checkpointing_enable`."""
@@ -375,6 +384,13 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
 
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: `SideNetwork.reset_parameters` has drawn them, from its own seed."""
+
+
+def _torch_dtype(name: str) -> torch.dtype:
+    dtype = getattr(torch, name, None)
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f'dtype must be "auto" or the name of a torch dtype such as "bfloat16", got {name!r}')
+    return dtype
 
 
 def _refuse(unsupported: dict[str, Any]) -> None:

@@ -259,3 +259,8 @@ def _check_mask(attention_mask: Tensor, shape: tuple[int, ...], of: str) -> None
             f"attention_mask must have the shape {shape} of {of}, got {tuple(attention_mask.shape)}; the engine builds "
             "the causal mask itself"
         )
+    if not attention_mask.is_floating_point() and attention_mask.dtype != torch.bool and int(attention_mask.max()) > 1:
+        raise ValueError(
+            "attention_mask must hold 0 and 1 only, got larger values; packed documents are told apart by position_ids "
+            "or cu_seq_lens_q"
+        )

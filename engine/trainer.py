@@ -11,12 +11,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from engine.arguments import DEFAULT_MAX_LENGTH, LadderArguments
 from engine.checkpoint import load_adapter
-from engine.collator import IGNORE_INDEX, Collator
+from engine.collator import Collator
 from engine.config import LadderConfig
 from engine.data import prepare_dataset
 from engine.model import LadderForCausalLM
@@ -45,7 +46,10 @@ class LadderMixin:
         args = LadderArguments() if args is None else args
         _check_arguments(args)
         if model is None:
-            raise ValueError("LadderTrainer needs a model: a LadderForCausalLM, or the path or hub id of a backbone")
+            raise ValueError(
+                "LadderTrainer needs a model: a LadderForCausalLM, or the path or hub id of a backbone; model_init is "
+                "not supported: build one trainer per trial around a shared backbone instead"
+            )
         if isinstance(model, str | Path):
             model = LadderForCausalLM.from_backbone(model, ladder_config, device=args.device)
         elif ladder_config is not None:
@@ -53,9 +57,11 @@ class LadderMixin:
                 "ladder_config was given with a model that has a side network already; pass the backbone's path or id "
                 "as model, or leave ladder_config out"
             )
-        processing_class = model.backbone.tokenizer() if processing_class is None else processing_class
+        processing_class = _tokenizer_if_any(model) if processing_class is None else processing_class
         train_dataset = _prepared(train_dataset, processing_class, args, model)
-        eval_dataset = _prepared(eval_dataset, processing_class, args, model)
+        parts = eval_dataset if isinstance(eval_dataset, dict) else {None: eval_dataset}
+        parts = {name: _prepared(part, processing_class, args, model) for name, part in parts.items()}
+        eval_dataset = parts if isinstance(eval_dataset, dict) else parts[None]
         # One row per batch: accelerate must not cut a batch into samples, as it would for a stream.
         args.accelerator_config.dispatch_batches = False
         super().__init__(
@@ -68,6 +74,20 @@ class LadderMixin:
         self.peak_memory = PeakMemory(self.args.device)
         self._logged = (0, 0.0)
         self._eval_total = torch.zeros(2, dtype=torch.float64)
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """The stock loader, of anything that `eval_dataset` may be at construction, or of one of its parts by name."""
+        named = (
+            isinstance(eval_dataset, str) and isinstance(self.eval_dataset, dict) and eval_dataset in self.eval_dataset
+        )
+        return super().get_eval_dataloader(eval_dataset if named else self._prepared(eval_dataset))
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """The stock loader, of anything that `eval_dataset` may be at construction."""
+        return super().get_test_dataloader(self._prepared(test_dataset))
+
+    def _prepared(self, data: Any) -> Any:
+        return _prepared(data, self.processing_class, self.args, self.accelerator.unwrap_model(self.model))
 
     def compute_loss(
         self,
@@ -98,12 +118,10 @@ class LadderMixin:
     ) -> tuple[Tensor, None, None]:
         """Mean loss of one batch; its sum and number of tokens are added to the evaluation's totals."""
         inputs = self._prepare_inputs(inputs)
-        targets = inputs["supervised_targets"] if "supervised_targets" in inputs else inputs["labels"][..., 1:]
-        count = (targets != IGNORE_INDEX).sum()
         with torch.no_grad():
-            loss_sum = model(**inputs, num_items_in_batch=1).loss
-        self._eval_total += torch.stack((loss_sum.double(), count.double()))
-        return loss_sum / count.clamp_min(1), None, None
+            outputs = model(**inputs, num_items_in_batch=1)
+        self._eval_total += torch.stack((outputs.loss.double(), outputs.num_supervised.double()))
+        return outputs.loss / outputs.num_supervised.clamp_min(1), None, None
 
     def evaluation_loop(
         self,
@@ -173,10 +191,20 @@ class LadderTrainer(LadderMixin, Trainer):
     """
 
 
+def _tokenizer_if_any(model: LadderForCausalLM) -> PreTrainedTokenizerBase | None:
+    """The backbone's tokenizer; a backbone without one can still train on token ids."""
+    try:
+        return model.backbone.tokenizer()
+    except ValueError:
+        return None
+
+
 def _check_arguments(args: TrainingArguments) -> None:
     """Refuse what the fused loss cannot do instead of ignoring it."""
     if args.label_smoothing_factor:
         raise ValueError(f"label_smoothing_factor is {args.label_smoothing_factor}; the fused loss supports 0 only")
+    if args.neftune_noise_alpha is not None:
+        raise ValueError("neftune_noise_alpha is set; the embedding belongs to the frozen backbone and takes no noise")
     if args.n_gpu > 1:
         raise ValueError(
             f"{args.n_gpu} GPUs are visible to one process; start one process per GPU with torchrun, or show it one "
@@ -188,7 +216,6 @@ def _prepared(data: Any, tokenizer: Any, args: TrainingArguments, model: LadderF
     """User data as token ids; torch data sets are taken as they are."""
     if data is None or (isinstance(data, torch.utils.data.Dataset) and not hasattr(data, "column_names")):
         return data
-    if isinstance(data, dict):
-        return {name: _prepared(part, tokenizer, args, model) for name, part in data.items()}
+    tokenizer = model.backbone.tokenizer() if tokenizer is None else tokenizer
     max_length = getattr(args, "max_length", None) or DEFAULT_MAX_LENGTH
     return prepare_dataset(data, tokenizer, max_length=max_length, vocab_size=model.backbone.config.vocab_size)

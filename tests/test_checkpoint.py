@@ -275,3 +275,17 @@ def test_a_backbone_that_is_gone_is_an_error_that_names_it(folder: Path) -> None
         match=r"backbone /nowhere/at-all of .*adapter could not be loaded; if it lies elsewhere, pass backbone=",
     ):
         LadderForCausalLM.from_pretrained(folder)
+
+
+def test_a_folder_with_another_model_is_not_overwritten(tmp_path: Path) -> None:
+    backbone = tiny_checkpoint(tmp_path, "llama2")
+    before = {file.name: file.read_bytes() for file in backbone.iterdir()}
+    with pytest.raises(ValueError, match="holds another model"):
+        ladder_model().save_pretrained(backbone)
+    assert {file.name: file.read_bytes() for file in backbone.iterdir()} == before
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "Tensor"])
+def test_a_dtype_that_is_none_is_refused(folder: Path, dtype: str) -> None:
+    with pytest.raises(ValueError, match="name of a torch dtype"):
+        LadderForCausalLM.from_pretrained(folder, backbone=checkpoint_folder(), dtype=dtype)

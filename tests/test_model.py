@@ -227,12 +227,13 @@ def test_supervised_tokens_are_the_shifted_labels_of_each_document(data: st.Data
     assert list(zip(rows.tolist(), targets.tolist(), strict=True)) == expected
 
 
+@pytest.mark.parametrize("count", [None, 0, torch.tensor(0)])
 @pytest.mark.parametrize("supervised", [[], [0]])
-def test_nothing_supervised_is_a_zero_loss(supervised: list[int]) -> None:
+def test_nothing_supervised_is_a_zero_loss(supervised: list[int], count: int | Tensor | None) -> None:
     model = ladder_model()
     labels = torch.full((1, 5), -100)
     labels[0, supervised] = 7
-    loss = model(batch(1, 5), labels=labels).loss
+    loss = model(batch(1, 5), labels=labels, num_items_in_batch=count).loss
     loss.backward()
     assert loss.item() == 0
     assert not any(gradient.any() for gradient in gradients(model).values())
@@ -396,6 +397,7 @@ ONES = torch.ones(2, 4, dtype=torch.long)
             {"past_key_values": DynamicCache(), "position_ids": torch.tensor([[0, 1, 0, 1]])},
             "with past_key_values, position_ids must count the real tokens",
         ),
+        ({"attention_mask": torch.tensor([[1, 1, 2, 2]] * 2)}, "attention_mask must hold 0 and 1 only"),
         (
             {"past_key_values": StaticCache(config=ladder_model().config, max_cache_len=8)},
             "past_key_values must be a DynamicCache, got StaticCache",

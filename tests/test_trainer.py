@@ -332,3 +332,70 @@ def test_weight_decay_reaches_matrices_only(checkpoint: Path, tmp_path: Path) ->
     expected = {name for name, p in trainer.model.named_parameters() if p.ndim > 1}
     assert {name for name, p in trainer.model.named_parameters() if id(p) in decayed} == expected
     assert any("gate_logit" in name for name, _ in trainer.model.named_parameters())
+
+
+def test_evaluate_and_predict_take_what_the_constructor_takes(model: LadderForCausalLM, tmp_path: Path) -> None:
+    path = tmp_path / "held.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in PAIRS[:5]))
+    trainer = LadderTrainer(model, arguments(tmp_path), train_dataset=PAIRS, eval_dataset={"part": PAIRS[:5]})
+    expected = trainer.evaluate()["eval_part_loss"]
+    assert trainer.evaluate(PAIRS[:5])["eval_loss"] == expected
+    assert trainer.evaluate(str(path))["eval_loss"] == expected
+    assert trainer.evaluate("part")["eval_loss"] == expected
+    assert trainer.predict(PAIRS[:5]).metrics["test_loss"] == expected
+
+
+def test_evaluation_counts_what_the_model_supervises(model: LadderForCausalLM, tmp_path: Path) -> None:
+    def right_padded(samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        ids = [sample["input_ids"] for sample in samples]
+        padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
+        mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(i) for i in ids], batch_first=True)
+        return {"input_ids": padded, "attention_mask": mask, "labels": padded.clone()}
+
+    data = tokenized(model, [{"text": "a" * (3 + 5 * i)} for i in range(4)])
+    losses = token_losses(model, [{"input_ids": s["input_ids"], "labels": s["input_ids"]} for s in data])
+    trainer = LadderTrainer(
+        model, arguments(tmp_path), data_collator=right_padded, train_dataset=data, eval_dataset=data
+    )
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
+
+
+def test_trains_on_token_ids_without_a_tokenizer(checkpoint: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for file in checkpoint.iterdir():
+        if "token" not in file.name and "template" not in file.name:
+            (bare / file.name).write_bytes(file.read_bytes())
+    model = LadderForCausalLM.from_backbone(load_backbone(bare, dtype=torch.float32), CONFIG)
+    samples = [{"input_ids": torch.arange(3, 12), "labels": torch.arange(3, 12)} for _ in range(8)]
+    assert LadderTrainer(model, arguments(tmp_path), train_dataset=_Samples(samples)).train().global_step == 4
+    with pytest.raises(ValueError, match="tokenizer"):
+        LadderTrainer(model, arguments(tmp_path), train_dataset=PAIRS)
+
+
+class _Samples(torch.utils.data.Dataset):
+    def __init__(self, samples: list[dict[str, torch.Tensor]]) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return self.samples[index]
+
+
+@pytest.mark.parametrize(
+    ("sample", "message"),
+    [
+        ({"input_ids": [1, 2, 3], "labels": [1, 2, 3, 4]}, "3 input_ids and 4 labels"),
+        ({"input_ids": [1, 2, 3], "attention_mask": [1, 1]}, "3 input_ids and an attention_mask of 2"),
+    ],
+)
+def test_collator_refuses_unequal_lengths(sample: dict[str, list[int]], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Collator()([sample])
+
+
+def test_neftune_is_refused(model: LadderForCausalLM, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="neftune_noise_alpha"):
+        LadderTrainer(model, arguments(tmp_path, neftune_noise_alpha=5.0), train_dataset=PAIRS)

@@ -29,7 +29,7 @@ def heldout_path() -> str:
 
 
 QUICKSTART = TrainOptions(
-    max_length=512,
+    max_length=256,
     learning_rate=3e-3,
     steps=200,
     batch_size=16,
