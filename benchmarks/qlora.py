@@ -7,12 +7,14 @@ quantization.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 LORA_RANK = 16
+_PAGE_BYTES = 4096
 _LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -40,7 +42,31 @@ def load_qlora_model(folder: Path, device: torch.device, dtype: torch.dtype, che
     )
     model.config.use_cache = False
     adapters = LoraConfig(r=LORA_RANK, lora_alpha=2 * LORA_RANK, target_modules=list(_LINEARS), task_type="CAUSAL_LM")
-    return get_peft_model(model, adapters).train()
+    model = get_peft_model(model, adapters).train()
+    _make_resident(model)
+    return model
+
+
+def _make_resident(model: nn.Module) -> None:
+    """Read every page of the model's tensors.
+
+    transformers leaves NF4 tensors mapped from the file. Their pages would come in during the first step and be counted
+    as memory that the step takes, against QLoRA, though they are weights.
+    """
+    for tensor in _held_tensors(model):
+        data = tensor.detach().contiguous().view(-1).view(torch.uint8)
+        # A tensor does not start on a page, so its last byte may lie on one page more.
+        data[::_PAGE_BYTES].sum(), data[-1:].sum()
+
+
+def _held_tensors(model: nn.Module) -> Iterator[Tensor]:
+    yield from model.buffers()
+    for parameter in model.parameters():
+        yield parameter.data
+        state = getattr(parameter, "quant_state", None)
+        while state is not None:
+            yield from (value for value in vars(state).values() if isinstance(value, Tensor))
+            state = getattr(state, "state2", None)
 
 
 def qlora_loss(model: nn.Module, input_ids: Tensor, labels: Tensor, dtype: torch.dtype) -> Tensor:

@@ -205,32 +205,80 @@ def _encode_conversations(records: Records, tokenizer: PreTrainedTokenizerBase) 
 
 
 def _conversation(number: int, messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> Sample:
+    answered = messages[-1]["role"] == "assistant"
     if re.search(r"\{%-?\s*generation\b", tokenizer.get_chat_template()):
         encoded = _rendered(tokenizer, messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True)
         ids, learned = list(encoded["input_ids"]), [bool(flag) for flag in encoded["assistant_masks"]]
+        if not any(learned):
+            return Sample(number, ids, learned)
+        ids, learned = _with_ends_of_turn(ids, learned, answered, tokenizer)
     else:
         text, spans = assistant_spans(
             messages,
             lambda part, opening: _rendered(tokenizer, part, tokenize=False, add_generation_prompt=opening),
         )
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        ids = list(encoded["input_ids"])
-        learned = [
-            any(start <= first < end for start, end in spans) and last > first
-            for first, last in encoded["offset_mapping"]
-        ]
-    if messages[-1]["role"] == "assistant" and ids and ids[-1] != tokenizer.eos_token_id:
+        ids, learned = list(encoded["input_ids"]), _inside(encoded["offset_mapping"], spans)
+    if answered and ids and ids[-1] != tokenizer.eos_token_id:
         return Sample(number, [*ids, tokenizer.eos_token_id], [*learned, True])
     return Sample(number, ids, learned)
 
 
+def _inside(offsets: Iterable[tuple[int, int]], spans: list[tuple[int, int]]) -> list[bool]:
+    """Which tokens start inside one of `spans` and cover some text."""
+    inside, previous = [], 0
+    for first, last in offsets:
+        # ByteLevel(trim_offsets=True) gives a token of spaces alone the empty place behind them.
+        begin = previous if first == last else first
+        inside.append(last > begin and any(start <= begin < end for start, end in spans))
+        previous = last
+    return inside
+
+
+def _with_ends_of_turn(
+    ids: list[int], learned: list[bool], answered: bool, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[int], list[bool]]:
+    """Learn the end of turn that a template writes behind its generation block, and cut off what follows the last.
+
+    Behind an earlier turn a special token may also open the next one; it is an end of turn if it is EOS or the one
+    behind the last turn.
+    """
+
+    def blank(place: int) -> bool:
+        return not tokenizer.decode([ids[place]]).strip()
+
+    learned, ends_of_turn = list(learned), {tokenizer.eos_token_id}
+    blocks = [place for place in range(len(ids)) if learned[place] and not any(learned[place + 1 : place + 2])]
+    for block in reversed(blocks):
+        place = block + 1
+        while place < len(ids) and blank(place):
+            place += 1
+        if place == len(ids):
+            continue
+        if answered and block == blocks[-1] and not tokenizer.decode([ids[place]], skip_special_tokens=True):
+            ends_of_turn.add(ids[place])
+        if ids[place] in ends_of_turn:
+            learned[block : place + 1] = [True] * (place + 1 - block)
+    if not answered:
+        return ids, learned
+    stop = len(ids)
+    while not learned[stop - 1] and blank(stop - 1):
+        stop -= 1
+    spoken = stop
+    while spoken > 1 and blank(spoken - 1):
+        spoken -= 1
+    if ids[spoken - 1] == tokenizer.eos_token_id:
+        stop, learned[spoken - 1] = spoken, True
+    return ids[:stop], learned[:stop]
+
+
 def _rendered(tokenizer: PreTrainedTokenizerBase, messages: Iterable[Mapping[str, str]], **options: Any) -> Any:
-    """apply_chat_template, whose Jinja errors (roles that do not alternate) are the data's fault."""
+    """apply_chat_template, whose errors (as from roles that do not alternate) are the data's fault."""
     from jinja2 import TemplateError as JinjaError
 
     try:
         return tokenizer.apply_chat_template(list(messages), **options)
-    except JinjaError as error:
+    except (JinjaError, ValueError, TypeError, IndexError) as error:
         raise TemplateError(f"the chat template refuses the conversation ({error})") from error
 
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ladder_kernels.reference import ABSMAX_BLOCK, BLOCK_SIZES
+
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -51,6 +53,47 @@ def check_no_gradient(op: str, name: str, tensor: Tensor | None, instead: str) -
         raise ValueError(f"{op}: {name} requires a gradient, but this op has none for it; {instead}")
 
 
+def check_block_size(op: str, block_size: int) -> None:
+    """Raise ValueError unless it is one of BLOCK_SIZES."""
+    if type(block_size) is not int or block_size not in BLOCK_SIZES:
+        raise ValueError(f"{op}: expected a block_size in {list(BLOCK_SIZES)}, got {block_size!r}")
+
+
+def check_nf4(
+    op: str,
+    packed: Tensor,
+    absmax: Tensor,
+    codebook: Tensor,
+    absmax_scale: Tensor | None,
+    absmax_map: Tensor | None,
+    absmax_offset: Tensor | None,
+    block_size: int,
+) -> None:
+    """Check that the tensors of an NF4 matrix fit each other: the native kernels read them without looking."""
+    check_block_size(op, block_size)
+    nested = {"absmax_scale": absmax_scale, "absmax_map": absmax_map, "absmax_offset": absmax_offset}
+    missing = [name for name, tensor in nested.items() if tensor is None]
+    if 0 < len(missing) < len(nested):
+        raise ValueError(f"{op}: expected {' and '.join(nested)}, or none of them, got no {' and no '.join(missing)}")
+    check_shape(op, "packed", packed, ("bytes",))
+    # Block sizes are even, so an unused last nibble never adds a block.
+    blocks = -(-2 * packed.shape[0] // block_size)
+    expected: list[tuple[str, Tensor | None, tuple[int | str, ...], torch.dtype]] = [
+        ("packed", packed, ("bytes",), torch.uint8),
+        ("absmax", absmax, (blocks,), torch.float32 if missing else torch.uint8),
+        ("codebook", codebook, (16,), torch.float32),
+        ("absmax_scale", absmax_scale, (-(-blocks // ABSMAX_BLOCK),), torch.float32),
+        ("absmax_map", absmax_map, (256,), torch.float32),
+        ("absmax_offset", absmax_offset, (), torch.float32),
+    ]
+    for name, tensor, shape, dtype in expected:
+        if tensor is not None:
+            check_shape(op, name, tensor, shape)
+            check_dtype(op, name, tensor.dtype, (dtype,))
+            check_contiguous(op, name, tensor)
+            check_device(op, name, tensor, packed.device)
+
+
 def check_dequantize(packed: Tensor, absmax: Tensor, block_size: int, first_row: int, out: Tensor) -> None:
     """Check that rows [first_row, first_row + out.shape[0]) of width out.shape[1] lie in the packed matrix."""
     op = "dequantize_nf4"
@@ -79,6 +122,10 @@ def check_nf4_linear(x: Tensor, packed: Tensor, bias: Tensor | None, rows: int, 
         )
     check_shape(op, "panel", panel, ("P", x.shape[-1]))
     check_dtype(op, "panel", panel.dtype, (x.dtype,))
+    check_contiguous(op, "panel", panel)
+    check_device(op, "panel", panel, x.device)
+    if panel.shape[0] == 0:
+        raise ValueError(f"{op}: expected a panel of at least one row, got {list(panel.shape)}")
     if bias is not None:
         check_shape(op, "bias", bias, (rows,))
         check_dtype(op, "bias", bias.dtype, (x.dtype,))
@@ -110,6 +157,8 @@ def check_linear_cross_entropy(hidden: Tensor, head_weight: Tensor, targets: Ten
     check_shape(op, "hidden", hidden, ("R", "D"))
     check_dtype(op, "hidden", hidden.dtype, (*COMPUTE_DTYPES, torch.float64))
     check_shape(op, "head_weight", head_weight, ("V", hidden.shape[1]))
+    if head_weight.shape[0] == 0:
+        raise ValueError(f"{op}: expected head_weight [V, D] with V > 0, got {list(head_weight.shape)}")
     check_dtype(op, "head_weight", head_weight.dtype, (hidden.dtype,))
     check_device(op, "head_weight", head_weight, hidden.device)
     check_shape(op, "targets", targets, (hidden.shape[0],))

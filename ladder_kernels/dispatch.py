@@ -1,6 +1,8 @@
-"""When an op may skip the dispatcher."""
+"""When an op may skip the dispatcher, and what it is shielded from."""
 
 from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -19,3 +21,11 @@ def runs_eagerly(*tensors: Tensor | None) -> bool:
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return False
     return all(tensor is None or type(tensor) in _PLAIN for tensor in tensors)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """Autocast off: an op that promises its result's dtype must not have its own products cast."""
+    # torch.autocast refuses devices such as meta.
+    if torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()

@@ -125,8 +125,8 @@ def dequantize_nf4(
 def quantize_nf4(weight: Tensor, thresholds: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """`reference.quantize_nf4` for a checked, contiguous CPU tensor."""
     count = weight.numel()
-    packed = torch.empty((count + 1) // 2, dtype=torch.uint8)
-    absmax = torch.empty(-(-count // block_size), dtype=torch.float32)
+    packed = torch.empty((count + 1) // 2, dtype=torch.uint8, device=weight.device)
+    absmax = torch.empty(-(-count // block_size), dtype=torch.float32, device=weight.device)
     _library().ladder_quantize_nf4(
         weight.data_ptr(),
         _DTYPE_CODES[weight.dtype],

@@ -19,9 +19,16 @@ import torch
 from torch import Tensor
 
 from ladder_kernels import native, reference
-from ladder_kernels.checks import COMPUTE_DTYPES, check_dequantize, check_dtype, check_shape
+from ladder_kernels.checks import (
+    COMPUTE_DTYPES,
+    check_block_size,
+    check_dequantize,
+    check_dtype,
+    check_nf4,
+    check_no_gradient,
+    check_shape,
+)
 from ladder_kernels.dispatch import runs_eagerly
-from ladder_kernels.reference import ABSMAX_BLOCK
 
 # Quantiles of the standard normal distribution, scaled to [-1, 1], with an exact zero.
 NF4_CODES = (
@@ -30,7 +37,6 @@ NF4_CODES = (
     0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
-BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 Nf4Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 
@@ -45,7 +51,7 @@ class NF4Weight:
         codebook: fp32 [16].
         shape: (N, K).
         dtype: that of the matrix before quantization.
-        block_size: weights per scale, one of BLOCK_SIZES.
+        block_size: weights per scale, one of `reference.BLOCK_SIZES`.
         absmax_scale: fp32 [ceil(blocks/256)], with double quantization only, as the next two.
         absmax_map: fp32 [256].
         absmax_offset: fp32 0-dim.
@@ -62,26 +68,9 @@ class NF4Weight:
     absmax_offset: Tensor | None = None
 
     def __post_init__(self) -> None:
-        count = self.shape[0] * self.shape[1]
-        _check_block_size("NF4Weight", self.block_size)
-        blocks = -(-count // self.block_size)
-        expected: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
-            "packed": (((count + 1) // 2,), torch.uint8),
-            "absmax": ((blocks,), torch.uint8 if self.double_quant else torch.float32),
-            "codebook": ((16,), torch.float32),
-        }
-        if self.double_quant:
-            expected["absmax_scale"] = ((-(-blocks // ABSMAX_BLOCK),), torch.float32)
-            expected["absmax_map"] = ((256,), torch.float32)
-            expected["absmax_offset"] = ((), torch.float32)
-        for name, (shape, dtype) in expected.items():
-            tensor = getattr(self, name)
-            if tensor is None:
-                raise ValueError(f"NF4Weight: expected {name} beside absmax_scale for double quantization, got None")
-            check_shape("NF4Weight", name, tensor, shape)
-            check_dtype("NF4Weight", name, tensor.dtype, (dtype,))
-            if not tensor.is_contiguous():
-                raise ValueError(f"NF4Weight: expected contiguous {name}, got strides {tensor.stride()}")
+        size = (self.shape[0] * self.shape[1] + 1) // 2
+        check_shape("NF4Weight", "packed", self.packed, (size,))
+        check_nf4("NF4Weight", *self.op_arguments(), self.block_size)
 
     @property
     def double_quant(self) -> bool:
@@ -165,7 +154,7 @@ def quantize_nf4(weight: Tensor, block_size: int = 64, double_quant: bool = True
 
     Args:
         weight: [N, K] fp32, bf16 or fp16.
-        block_size: weights per scale, one of BLOCK_SIZES.
+        block_size: weights per scale, one of `reference.BLOCK_SIZES`.
         double_quant: whether to quantize the scales too. Their offset is torch.mean(absmax), whose last bit may depend
             on the number of threads.
 
@@ -175,7 +164,7 @@ def quantize_nf4(weight: Tensor, block_size: int = 64, double_quant: bool = True
     op = "quantize_nf4"
     check_shape(op, "weight", weight, ("N", "K"))
     check_dtype(op, "weight", weight.dtype, COMPUTE_DTYPES)
-    _check_block_size(op, block_size)
+    check_block_size(op, block_size)
     if weight.numel() == 0:
         raise ValueError(f"{op}: expected a matrix with weights in it, got shape {list(weight.shape)}")
     weight = weight.detach().contiguous()
@@ -225,6 +214,7 @@ def _dequantize_nf4(
     first_row: int,
     out: Tensor,
 ) -> None:
+    check_nf4("dequantize_nf4", packed, absmax, codebook, absmax_scale, absmax_map, absmax_offset, block_size)
     check_dequantize(packed, absmax, block_size, first_row, out)
     dequantize_rows(packed, absmax, codebook, absmax_scale, absmax_map, absmax_offset, block_size, first_row, out)
 
@@ -241,6 +231,7 @@ def _(
     first_row: int,
     out: Tensor,
 ) -> None:
+    check_nf4("dequantize_nf4", packed, absmax, codebook, absmax_scale, absmax_map, absmax_offset, block_size)
     check_dequantize(packed, absmax, block_size, first_row, out)
 
 
@@ -256,22 +247,22 @@ def dequantize_nf4(nf4_weight: NF4Weight, dtype: torch.dtype, out: Tensor | None
         out, or a new tensor [N, K].
 
     Raises:
-        ValueError, TypeError: `dtype` is another one, or `out` has another shape, dtype, device or is not contiguous.
+        ValueError, TypeError: `dtype` is another one, or `out` has another shape, dtype, device, is not contiguous or
+            requires a gradient.
     """
     check_dtype("dequantize_nf4", "dtype", dtype, COMPUTE_DTYPES)
     if out is None:
         out = torch.empty(nf4_weight.shape, dtype=dtype, device=nf4_weight.device)
     check_shape("dequantize_nf4", "out", out, nf4_weight.shape)
     check_dtype("dequantize_nf4", "out", out.dtype, (dtype,))
+    check_no_gradient("dequantize_nf4", "out", out, "pass a tensor that does not, or call it under torch.no_grad()")
     arguments = nf4_weight.op_arguments()
     if runs_eagerly(out, *arguments):
         check_dequantize(nf4_weight.packed, nf4_weight.absmax, nf4_weight.block_size, 0, out)
         dequantize_rows(*arguments, nf4_weight.block_size, 0, out)
+        if not out.is_inference():
+            # Native code wrote behind autograd's back: whoever saved `out` for backward must find out.
+            torch.autograd.graph.increment_version(out)
     else:
         _dequantize_nf4(*arguments, nf4_weight.block_size, 0, out)
     return out
-
-
-def _check_block_size(op: str, block_size: int) -> None:
-    if type(block_size) is not int or block_size not in BLOCK_SIZES:
-        raise ValueError(f"{op}: expected a block_size in {list(BLOCK_SIZES)}, got {block_size!r}")

@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from ladder_kernels.checks import check_nf4_linear, check_no_gradient
+from ladder_kernels.checks import check_nf4, check_nf4_linear, check_no_gradient
 from ladder_kernels.dispatch import runs_eagerly
 from ladder_kernels.launch import panel_rows
 from ladder_kernels.nf4 import NF4Weight, dequantize_rows
@@ -64,6 +64,7 @@ def _nf4_linear(
     rows: int,
     panel: Tensor,
 ) -> Tensor:
+    check_nf4("nf4_linear", packed, absmax, codebook, absmax_scale, absmax_map, absmax_offset, block_size)
     check_nf4_linear(x, packed, bias, rows, panel)
     return _multiply_panels(
         x, packed, absmax, codebook, absmax_scale, absmax_map, absmax_offset, bias, block_size, rows, panel
@@ -84,6 +85,7 @@ def _(
     rows: int,
     panel: Tensor,
 ) -> Tensor:
+    check_nf4("nf4_linear", packed, absmax, codebook, absmax_scale, absmax_map, absmax_offset, block_size)
     check_nf4_linear(x, packed, bias, rows, panel)
     return x.new_empty(*x.shape[:-1], rows)
 
@@ -114,7 +116,7 @@ def nf4_linear(
     panel = (Workspace() if workspace is None else workspace).take("nf4_panel", size, x.dtype, x.device)
     arguments = (x, *nf4_weight.op_arguments(), bias, nf4_weight.block_size, rows, panel)
     with torch.no_grad():
-        if not runs_eagerly(x, bias, *nf4_weight.op_arguments()):
+        if not runs_eagerly(x, bias, panel, *nf4_weight.op_arguments()):
             return _nf4_linear(*arguments)
         check_nf4_linear(x, nf4_weight.packed, bias, rows, panel)
         return _multiply_panels(*arguments)

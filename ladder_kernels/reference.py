@@ -11,6 +11,7 @@ from torch import Tensor
 
 IGNORE_INDEX = -100
 ABSMAX_BLOCK = 256  # scales per block of double quantization
+BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 _CHUNK = 1 << 20  # weights processed at a time, so that temporaries stay in the cache; a multiple of every block size
 _SMALLEST_ABSMAX = 1e-38  # bitsandbytes' floor: an all-zero block divides by this

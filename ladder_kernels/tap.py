@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ladder_kernels import reference
 from ladder_kernels.checks import check_no_gradient, check_tap
-from ladder_kernels.dispatch import runs_eagerly
+from ladder_kernels.dispatch import runs_eagerly, without_autocast
 
 
 @torch.library.custom_op(
@@ -26,7 +26,8 @@ from ladder_kernels.dispatch import runs_eagerly
 )
 def _tap(h: Tensor, weight: Tensor, state: Tensor | None, gate: Tensor | None) -> Tensor:
     check_tap(h, weight, state, gate)
-    return reference.tap(h, weight, state, gate)
+    with without_autocast(h.device):
+        return reference.tap(h, weight, state, gate)
 
 
 @_tap.register_fake
@@ -42,6 +43,11 @@ def _setup_context(ctx: Any, inputs: tuple[Tensor | None, ...], output: Tensor) 
 
 
 def _backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+    with without_autocast(dout.device):
+        return _gradients(ctx, dout)
+
+
+def _gradients(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
     h, weight, state, gate = ctx.saved_tensors
     _, needs_weight, needs_state, needs_gate = ctx.needs_input_grad
     dweight = dstate = dgate = None
@@ -81,7 +87,8 @@ def tap(h: Tensor, weight: Tensor, state: Tensor | None = None, gate: Tensor | N
     trainable = (weight, state, gate)
     if runs_eagerly(h, *trainable) and not (torch.is_grad_enabled() and any(_requires_grad(t) for t in trainable)):
         check_tap(h, weight, state, gate)
-        return reference.tap(h, weight, state, gate)
+        with without_autocast(h.device):
+            return reference.tap(h, weight, state, gate)
     return _tap(h, weight, state, gate)
 
 

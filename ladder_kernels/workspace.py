@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 
 class Workspace:
@@ -14,6 +15,8 @@ class Workspace:
     A buffer grows to the largest size ever taken under its name and is then handed out again and again, so that a
     training loop allocates no scratch after its first step. Two live tensors need two names: taking a name again
     hands out the same memory. Contents are undefined.
+
+    One workspace per thread: two threads that share one would write to the same memory.
     """
 
     def __init__(self) -> None:
@@ -21,6 +24,9 @@ class Workspace:
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
         """A contiguous tensor of the given shape inside the buffer `name` of that device."""
+        if is_in_torch_dispatch_mode() and type(torch.empty(0, device=device)) is not Tensor:
+            # Fake tensors must not outlive the mode that makes them, nor meet real memory in it.
+            return torch.empty(shape, dtype=dtype, device=device)
         key = (name, torch.device(device))
         needed = math.prod(shape) * dtype.itemsize
         buffer = self._buffers.get(key)

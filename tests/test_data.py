@@ -12,7 +12,7 @@ import torch
 from checkpoints import tiny_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tokenizers.processors import TemplateProcessing
+from tokenizers.processors import ByteLevel, TemplateProcessing
 
 from engine.chat import TemplateError, assistant_spans
 from engine.collator import Collator
@@ -239,13 +239,72 @@ def test_eos_follows_a_template_that_ends_otherwise() -> None:
     assert learned_text(sample) == "a[end]<eos>"
 
 
-def test_generation_markers_are_used() -> None:
+SCAFFOLD = (
+    "{% for m in messages %}<im>{{ m.role }}\n"
+    "{% if loop.last and m.role == 'assistant' %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}<eos>\n{% endfor %}"
+    "{% if add_generation_prompt %}<im>assistant\n{% endif %}"
+)
+MARKED = "{%% for m in messages %%}{{ m.role }}:%s{%% endfor %%}"
+
+
+def dialogue(*contents: str, roles: str = "user assistant") -> dict[str, Any]:
+    return {"messages": [{"role": roles.split()[i % 2], "content": text} for i, text in enumerate(contents)]}
+
+
+def shown(conversation: dict[str, Any], template: str | None = None, trim: bool = False) -> str:
+    """The conversation as prepared, with [[ ]] around what is learned."""
     tokenizer = tiny_tokenizer()
-    tokenizer.chat_template = (
-        "{% for m in messages %}{% if m.role == 'assistant' %}A:{% generation %}{{ m.content }}{% endgeneration %}"
-        "{% else %}U:{{ m.content }}{% endif %}{% endfor %}"
-    )
-    assert learned_text(prepared([CHAT], tokenizer=tokenizer)[0]) == "a<eos>"
+    tokenizer.chat_template = template or tokenizer.chat_template
+    if trim:
+        tokenizer.backend_tokenizer.post_processor = ByteLevel(trim_offsets=True)
+    return show_sample(prepared([conversation], 256, tokenizer=tokenizer)[0], tokenizer)
+
+
+@pytest.mark.parametrize("answer", ["n", "hi", "t", "<", "e", "o", "assistant", "<think>", "\u2063X\u2063"])
+def test_answers_that_occur_in_the_template(answer: str) -> None:
+    start, thought = "<im>user\nu<eos>\n<im>assistant\n", "<think>\n\n</think>\n\n"
+    expected = f"{start}[[{answer}<eos>]]\n{start}[[{thought}{answer}<eos>]]"
+    assert shown(dialogue("u", answer, "u", answer), SCAFFOLD) == expected
+    unless = SCAFFOLD.replace("if loop.last", "if '</think>' not in m.content and loop.last")
+    answer = f"<think>\nw\n</think>\n\n{answer}"
+    assert shown(dialogue("u", answer), unless) == f"{start}[[{answer}<eos>]]"
+
+
+def test_assistant_may_open_the_conversation() -> None:
+    expected = "<|assistant|>[[hi<eos>]]<|user|>u<eos><|assistant|>[[yo<eos>]]"
+    assert shown(dialogue("hi", "u", "yo", roles="assistant user")) == expected
+
+
+@pytest.mark.parametrize("code", ["x = 1", "def f(x):\n    if x:\n        return x", "a  b", "    x = 1"])
+def test_spaces_are_learned_whatever_the_offsets(code: str) -> None:
+    assert shown(dialogue("u  u", code), SCAFFOLD, trim=True).endswith(f"[[<think>\n\n</think>\n\n{code}<eos>]]")
+
+
+@pytest.mark.parametrize(
+    "turn, learned",
+    [
+        ("[m]", "[[bye<eos>]]"),
+        ("[m]<eos>\n", "[[bye<eos>]]"),
+        ("[m] <eos>\n", "[[bye <eos>]]"),
+        ("[m<eos>]\n", "[[bye<eos>]]"),
+        ("[m<eos>\n]", "[[bye<eos>]]"),
+        ("[m]<pad>\n", "[[bye<pad><eos>]]"),
+        ("[m](end)\n", "[[bye]](end)[[<eos>]]"),
+    ],
+)
+def test_generation_markers_are_used(turn: str, learned: str) -> None:
+    for short, long in ("m", "{{ m.content }}"), ("[", "{% generation %}"), ("]", "{% endgeneration %}"):
+        turn = turn.replace(short, long, 1)
+    template = MARKED % f"{{% if m.role == 'assistant' %}}{turn}{{% else %}}{{{{ m.content }}}}{{% endif %}}"
+    assert shown(dialogue("u", "bye"), template) == f"user:uassistant:{learned}"
+    if "<" in turn:
+        first = learned.replace("<pad><eos>", "<pad>").removesuffix("]]")
+        assert shown(dialogue("u", "bye", "u", "b"), template).startswith(f"user:uassistant:{first}")
+
+
+def test_generation_markers_around_nothing() -> None:
+    with pytest.raises(DataError, match="has no token to learn"):
+        shown(CHAT, MARKED % "{{ m.content }}{% generation %}{% endgeneration %}")
 
 
 def test_templates_that_hide_the_turns() -> None:
@@ -262,6 +321,9 @@ def test_refusing_template_names_the_line(tmp_path: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
     with pytest.raises(DataError, match=r"line 1, field `messages`: the chat template refuses .*roles must alternate"):
+        prepared(write(tmp_path, CHAT), tokenizer=tokenizer)
+    tokenizer.chat_template = "{{ messages[0].content + 1 }}"
+    with pytest.raises(DataError, match=r"line 1, field `messages`: the chat template refuses .*concatenate str"):
         prepared(write(tmp_path, CHAT), tokenizer=tokenizer)
 
 

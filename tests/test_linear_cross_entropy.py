@@ -146,3 +146,5 @@ def test_wrong_arguments():
         linear_cross_entropy(hidden, head_weight.clone().requires_grad_(), targets)
     with pytest.raises(ValueError, match="expected positive chunk_bytes, got 0"):
         linear_cross_entropy(hidden, head_weight, targets, chunk_bytes=0)
+    with pytest.raises(ValueError, match=r"expected head_weight \[V, D\] with V > 0, got \[0, 5\]"):
+        linear_cross_entropy(hidden, head_weight[:0], targets)

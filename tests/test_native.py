@@ -185,3 +185,12 @@ def test_exported_symbols_are_the_abi_only():
     symbols = [line.split() for line in output.splitlines()]
     names = {symbol[-1] for symbol in symbols if symbol[-2] == "T"}
     assert names == {"ladder_abi_version", *native._SIGNATURES}
+
+
+def test_default_device_does_not_move_the_outputs():
+    weight = torch.randn(37, 53)
+    expected = quantize_nf4(weight)
+    with torch.device("meta"):
+        actual = quantize_nf4(weight)
+    for name in ("packed", "absmax", "absmax_scale", "absmax_offset"):
+        assert_same_bits(name, getattr(actual, name), getattr(expected, name))

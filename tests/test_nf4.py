@@ -12,7 +12,8 @@ from numerics import assert_same_bits
 from torch import Tensor
 
 from ladder_kernels import NF4Weight, dequantize_nf4, quantize_nf4
-from ladder_kernels.nf4 import BLOCK_SIZES, NF4_CODES, dynamic_map
+from ladder_kernels.nf4 import NF4_CODES, dynamic_map
+from ladder_kernels.reference import BLOCK_SIZES
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # The implementation fixture stays the same over all examples of a test.
@@ -163,6 +164,19 @@ def test_out_is_refused_where_it_does_not_fit():
         dequantize_nf4(weight, torch.int32)
 
 
+def test_autograd_sees_that_out_is_written(implementation):
+    weight = quantize_nf4(torch.randn(6, 8))
+    factor, out = torch.randn(6, 8, requires_grad=True), torch.zeros(6, 8)
+    product = factor * out
+    dequantize_nf4(weight, torch.float32, out=out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.sum().backward()
+    with pytest.raises(ValueError, match="dequantize_nf4: out requires a gradient"):
+        dequantize_nf4(weight, torch.float32, out=factor)
+    with torch.inference_mode():
+        dequantize_nf4(weight, torch.float32, out=torch.zeros(6, 8))
+
+
 def test_quantize_refuses_what_it_cannot_take():
     with pytest.raises(ValueError, match=r"expected weight of shape \[N, K\], got \[8\]"):
         quantize_nf4(torch.randn(8))
@@ -194,6 +208,8 @@ def test_inconsistent_weight_is_refused():
     weight = quantize_nf4(torch.randn(6, 64), double_quant=False)
     with pytest.raises(ValueError, match=r"expected packed of shape \[256\], got \[192\]"):
         NF4Weight(weight.packed, weight.absmax, weight.codebook, (8, 64), torch.float32)
+    with pytest.raises(ValueError, match="expected codebook on cpu, got meta"):
+        NF4Weight(weight.packed, weight.absmax, weight.codebook.to("meta"), (6, 64), torch.float32)
     with pytest.raises(TypeError, match="expected absmax in float32, got uint8"):
         NF4Weight(weight.packed, weight.absmax.byte(), weight.codebook, (6, 64), torch.float32)
 

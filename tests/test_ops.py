@@ -135,3 +135,71 @@ def test_workspace_reuses_and_grows():
     assert workspace.nbytes == 800 + 4 * 8 * 4
     workspace.clear()
     assert workspace.nbytes == 0
+
+
+def test_workspace_serves_fake_and_real_tensors_in_turn():
+    x, weight, side, head, targets, workspace = arguments()
+    expected = run_all(x, weight, side, head, targets, Workspace())
+    values = side.detach()
+    expected[-1] = expected[-1].clone()
+    for _ in range(2):
+        with FakeTensorMode() as mode:
+            run_all(
+                mode.from_tensor(x), weight.map(mode.from_tensor), mode.from_tensor(values).requires_grad_(),
+                mode.from_tensor(head), mode.from_tensor(targets), workspace,
+            )  # fmt: skip
+        side.grad = None
+        for one, other in zip(run_all(x, weight, side, head, targets, workspace), expected, strict=True):
+            assert torch.equal(one, other)
+
+
+def nf4_tensors(**spoiled: object) -> list[object]:
+    weight = quantize_nf4(torch.randn(9, 64))
+    names = ("packed", "absmax", "codebook", "absmax_scale", "absmax_map", "absmax_offset", "block_size")
+    return [spoiled.get(name, getattr(weight, name)) for name in names]
+
+
+@pytest.mark.parametrize(
+    ("spoiled", "message"),
+    [
+        ({"block_size": 0}, "expected a block_size in .*got 0"),
+        ({"packed": torch.zeros(9, 32, dtype=torch.uint8)}, r"packed of shape \[bytes\]"),
+        ({"packed": torch.zeros(576, dtype=torch.uint8)[::2]}, "contiguous packed"),
+        ({"absmax": torch.zeros(8, dtype=torch.uint8)}, r"absmax of shape \[9\], got \[8\]"),
+        ({"absmax": torch.zeros(9, dtype=torch.float16)}, "absmax in uint8, got float16"),
+        ({"absmax_scale": torch.zeros(0)}, r"absmax_scale of shape \[1\], got \[0\]"),
+        ({"absmax_scale": None}, "or none of them, got no absmax_scale"),
+        ({"absmax_map": None, "absmax_offset": None}, "got no absmax_map and no absmax_offset"),
+        ({"absmax_map": torch.zeros(255)}, r"absmax_map of shape \[256\], got \[255\]"),
+        ({"absmax_offset": torch.zeros(1)}, r"absmax_offset of shape \[\], got \[1\]"),
+        ({"codebook": torch.zeros(16, dtype=torch.float64)}, "codebook in float32, got float64"),
+        ({"codebook": torch.zeros(32)[::2]}, "contiguous codebook"),
+        ({"codebook": torch.zeros(16, device="meta")}, "codebook on cpu, got meta"),
+    ],
+)
+@pytest.mark.parametrize("fake", [False, True], ids=["real", "fake"])
+def test_malformed_nf4_tensors_are_refused(spoiled, message, fake):
+    *tensors, block_size = nf4_tensors(**spoiled)
+    x, panel, out = torch.zeros(2, 64), torch.zeros(9, 64), torch.zeros(9, 64)
+    if fake:
+        mode = FakeTensorMode()
+        x, panel, out, *tensors = [None if t is None else mode.from_tensor(t) for t in (x, panel, out, *tensors)]
+    with pytest.raises((ValueError, TypeError), match=f"dequantize_nf4: .*{message}"):
+        torch.ops.ladder.dequantize_nf4(*tensors, block_size, 0, out)
+    with pytest.raises((ValueError, TypeError), match=f"nf4_linear: .*{message}"):
+        torch.ops.ladder.nf4_linear(x, *tensors, None, block_size, 9, panel)
+
+
+@pytest.mark.parametrize(
+    ("panel", "message"),
+    [
+        (torch.zeros(64).expand(9, 64), "contiguous panel"),
+        (torch.zeros(64, 9).T, "contiguous panel"),
+        (torch.zeros(0, 64), "a panel of at least one row"),
+        (torch.zeros(9, 64, device="meta"), "panel on cpu, got meta"),
+    ],
+)
+def test_unusable_panel_is_refused(panel, message):
+    *tensors, block_size = nf4_tensors()
+    with pytest.raises(ValueError, match=message):
+        torch.ops.ladder.nf4_linear(torch.zeros(2, 64), *tensors, None, block_size, 9, panel)

@@ -106,6 +106,22 @@ def test_what_is_kept_for_backward():
     assert saved_by("gate", True) == sorted([h, weight, gate, state])
 
 
+@pytest.mark.parametrize("merge", MERGES)
+def test_autocast_changes_nothing(merge):
+    ours = inputs((6, 10, 3), merge, torch.float32, torch.float32)
+    under = copied(ours)
+    expected = tap(*ours)
+    expected.sum().backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad():
+            assert torch.equal(tap(*under), expected)
+        out = tap(*under)
+        out.sum().backward()
+    assert torch.equal(out, expected)
+    for one, other in zip(under[1:], ours[1:], strict=True):
+        assert one is None or torch.equal(one.grad, other.grad)
+
+
 def test_inputs_are_not_written():
     tensors = inputs((6, 10, 3), "gate", torch.float32, torch.float32)
     before = copied(tensors)
