@@ -5,7 +5,8 @@
 Tokenizer: byte-level BPE of 4,096 entries, trained on the same text. Held-out modules (`corpus.is_heldout`) are seen by
 neither. The library proper is repeated more often than its tests, which are longer and duller. AdamW, warm-up and
 cosine, fp32, saved as bf16. 30.1 M tokens take about 90 minutes on two idle AVX-512 cores; `training.json` beside the
-weights records what was reached. Why not wider: at this compute a 3.9 M model would see a third fewer tokens.
+weights records what a run reached: the shipped weights saw 17.3 M tokens in 112 minutes of a machine that others used
+too (`--max-minutes`). Why not wider: at this compute a 3.9 M model would see a third fewer tokens.
 """
 
 from __future__ import annotations
@@ -158,7 +159,7 @@ def pretrain(output: Path, max_minutes: float, seed: int) -> None:
                     "tokens": tokens,
                     "steps": step,
                     "minutes": seconds / 60,
-                    "stream_tokens": len(stream),
+                    "available_tokens": len(stream),
                     "seed": seed,
                 },
             )
