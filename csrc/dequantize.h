@@ -1,17 +1,11 @@
-// The block walk shared by the scalar and the vector decoders. All of it has internal linkage: were the linker to merge
-// the copies of two files, code for AVX-512 could end up in the scalar path.
+// The block walk shared by the scalar and the vector decoders, with internal linkage (see scales.h).
 #pragma once
 
 #include "kernels.h"
+#include "scales.h"
 
 namespace ladder {
 namespace {
-
-inline float block_scale(const NF4View& view, int64_t block) {
-    if (view.absmax != nullptr) return view.absmax[block];
-    const float product = view.absmax_map[view.absmax_code[block]] * view.absmax_scale[block / 256];
-    return product + *view.absmax_offset;
-}
 
 // A block has 16 possible values, so they are scaled and rounded once per block; what remains per element is a lookup.
 // `Decode::fill(codebook, scale, table)` makes the table, `Decode::run(bytes, table, pairs, out)` writes

@@ -1,4 +1,5 @@
-// The kernels behind the C ABI of api.cpp. Every instruction set implements the same functions, bit for bit.
+// The kernels behind the C ABI of api.cpp. Every instruction set implements the same functions: decode and encode bit
+// for bit, products up to the order of their sums.
 #pragma once
 
 #include <cstdint>
@@ -6,36 +7,67 @@
 namespace ladder {
 
 // An NF4 matrix, flattened. Element e has the code in packed[e / 2]: high nibble if e is even, else low nibble.
-// Its scale is absmax[b] with b = e / block_size, or, with double quantization,
-// absmax_map[absmax_code[b]] * absmax_scale[b / 256] + *absmax_offset, the product rounded before the sum.
+// Its scale, with b = e / block_size, is absmax[b], or with double quantization (absmax_map is not null)
+// absmax_map[absmax[b]] * absmax_scale[b / 256] + *absmax_offset, the product rounded before the sum.
 struct NF4View {
     const uint8_t* packed;
-    const float* codebook;       // 16 values
-    const float* absmax;         // null with double quantization
-    const uint8_t* absmax_code;  // null without
+    const void* absmax;         // fp32, or uint8 with double quantization
+    const float* codebook;      // 16 values
     const float* absmax_scale;
-    const float* absmax_map;     // 256 values
-    const float* absmax_offset;  // 1 value
-    int64_t block_size;          // even
+    const float* absmax_map;    // 256 values
+    const float* absmax_offset; // 1 value
+    int64_t block_size;         // even
 };
 
 enum DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
+// out[t, n] = sum over k of x[t, k] * W[n, k] + bias[n], for few tokens t: each packed weight is read from memory once.
+// W is decoded to `dtype` and multiplied in fp32.
+struct Product {
+    const void* x;     // [tokens, cols] of dtype
+    const void* bias;  // [rows] of dtype, or null
+    void* out;         // [tokens, rows] of dtype
+    void* arranged;    // scratch for a copy of x in the order in which the kernel meets the weights
+    int64_t tokens;
+    int64_t rows;
+    int64_t cols;  // a multiple of 64, and so is the weight's block size
+    int32_t dtype;
+};
+
+// losses[r] = log(sum over v of exp(l[r, v])) - l[r, targets[r]], in fp32 inside, and the logits l become the gradient
+// softmax(l) - onehot(target). A row whose target is ignored has loss 0 and gradient 0.
+struct CrossEntropy {
+    void* logits;            // [rows, vocabulary] of dtype, overwritten if writes_gradient
+    const int64_t* targets;  // [rows], each ignored_target or in [0, vocabulary)
+    float* losses;           // [rows]
+    int64_t rows;
+    int64_t vocabulary;
+    int64_t ignored_target;
+    int32_t dtype;
+    int32_t writes_gradient;
+};
+
 // Decode elements [first, first + count) to out[0 .. count): codebook value times scale in fp32, rounded once.
-using DequantizeFn = void (*)(const NF4View& view, int64_t first, int64_t count, int32_t dtype, void* out);
+using DequantizeFn = void(const NF4View& view, int64_t first, int64_t count, int32_t dtype, void* out);
 
 // Encode elements [first, first + count), where first is a multiple of block_size. `total` is the size of the whole
 // matrix: its last block, if partial, divides by absmax where full blocks multiply by the reciprocal.
-using QuantizeFn = void (*)(const void* weight, int32_t dtype, const float* thresholds, int64_t first, int64_t count,
-                            int64_t total, int64_t block_size, uint8_t* packed, float* absmax);
+using QuantizeFn = void(const void* weight, int32_t dtype, const float* thresholds, int64_t first, int64_t count,
+                        int64_t total, int64_t block_size, uint8_t* packed, float* absmax);
 
-void dequantize_scalar(const NF4View& view, int64_t first, int64_t count, int32_t dtype, void* out);
-void quantize_scalar(const void* weight, int32_t dtype, const float* thresholds, int64_t first, int64_t count,
-                     int64_t total, int64_t block_size, uint8_t* packed, float* absmax);
-#ifdef LADDER_HAS_AVX512
-void dequantize_avx512(const NF4View& view, int64_t first, int64_t count, int32_t dtype, void* out);
-void quantize_avx512(const void* weight, int32_t dtype, const float* thresholds, int64_t first, int64_t count,
-                     int64_t total, int64_t block_size, uint8_t* packed, float* absmax);
-#endif
+// Fill product.arranged: once, before any multiply.
+using ArrangeFn = void(const Product& product);
+
+// Columns [first_row, end_row) of the product's out.
+using MultiplyFn = void(const NF4View& view, const Product& product, int64_t first_row, int64_t end_row);
+
+// Rows [first_row, end_row) of `problem`.
+using CrossEntropyFn = void(const CrossEntropy& problem, int64_t first_row, int64_t end_row);
+
+DequantizeFn dequantize_scalar, dequantize_avx2, dequantize_avx512;
+QuantizeFn quantize_scalar, quantize_avx2, quantize_avx512;
+ArrangeFn arrange_scalar, arrange_vector, arrange_avx512bf16, arrange_amx;
+MultiplyFn multiply_scalar, multiply_avx2, multiply_avx512, multiply_avx512bf16, multiply_amx;
+CrossEntropyFn cross_entropy_scalar, cross_entropy_avx2, cross_entropy_avx512;
 
 }  // namespace ladder

@@ -1,5 +1,5 @@
 // NF4 encode, written so that a compiler vectorizes it: each instruction set's file compiles its own copy, with internal
-// linkage (see dequantize.h).
+// linkage (see scales.h).
 #pragma once
 
 #include <cmath>

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ladder_kernels.reference import ABSMAX_BLOCK, BLOCK_SIZES
+from ladder_kernels.nf4_tensors import NF4Tensors
+from ladder_kernels.reference import ABSMAX_BLOCK, BLOCK_SIZES, IGNORE_INDEX
 
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -59,17 +60,9 @@ def check_block_size(op: str, block_size: int) -> None:
         raise ValueError(f"{op}: expected a block_size in {list(BLOCK_SIZES)}, got {block_size!r}")
 
 
-def check_nf4(
-    op: str,
-    packed: Tensor,
-    absmax: Tensor,
-    codebook: Tensor,
-    absmax_scale: Tensor | None,
-    absmax_map: Tensor | None,
-    absmax_offset: Tensor | None,
-    block_size: int,
-) -> None:
+def check_nf4(op: str, nf4: NF4Tensors) -> None:
     """Check that the tensors of an NF4 matrix fit each other: the native kernels read them without looking."""
+    packed, absmax, codebook, absmax_scale, absmax_map, absmax_offset, block_size = nf4
     check_block_size(op, block_size)
     nested = {"absmax_scale": absmax_scale, "absmax_map": absmax_map, "absmax_offset": absmax_offset}
     missing = [name for name, tensor in nested.items() if tensor is None]
@@ -94,38 +87,40 @@ def check_nf4(
             check_device(op, name, tensor, packed.device)
 
 
-def check_dequantize(packed: Tensor, absmax: Tensor, block_size: int, first_row: int, out: Tensor) -> None:
+def check_dequantize(nf4: NF4Tensors, first_row: int, out: Tensor) -> None:
     """Check that rows [first_row, first_row + out.shape[0]) of width out.shape[1] lie in the packed matrix."""
     op = "dequantize_nf4"
     check_dtype(op, "out", out.dtype, COMPUTE_DTYPES)
     check_shape(op, "out", out, ("rows", "K"))
     check_contiguous(op, "out", out)
-    check_device(op, "out", out, packed.device)
+    check_device(op, "out", out, nf4.packed.device)
     end = (first_row + out.shape[0]) * out.shape[1]
-    if first_row < 0 or (end + 1) // 2 > packed.numel() or -(-end // block_size) > absmax.numel():
+    size, blocks = nf4.packed.numel(), nf4.absmax.numel()
+    if first_row < 0 or (end + 1) // 2 > size or -(-end // nf4.block_size) > blocks:
         raise ValueError(
-            f"{op}: expected rows inside {packed.numel()} packed bytes and {absmax.numel()} blocks of {block_size}, "
+            f"{op}: expected rows inside {size} packed bytes and {blocks} blocks of {nf4.block_size}, "
             f"got rows {first_row} to {first_row + out.shape[0]} of width {out.shape[1]}"
         )
 
 
-def check_nf4_linear(x: Tensor, packed: Tensor, bias: Tensor | None, rows: int, panel: Tensor) -> None:
-    """Check x [..., K], bias [N] and the decode panel [P, K] against a packed [N, K] matrix."""
+def check_nf4_linear(
+    x: Tensor, bias: Tensor | None, rows: int, scratch: Tensor, nf4: NF4Tensors, scratch_bytes: int
+) -> None:
+    """Check x [..., K], bias [N] and at least `scratch_bytes` of uint8 scratch against a packed [N, K] matrix."""
     op = "nf4_linear"
     check_dtype(op, "x", x.dtype, COMPUTE_DTYPES)
-    check_device(op, "x", x, packed.device)
-    if x.dim() == 0:
-        raise ValueError(f"{op}: expected x of shape [..., K], got a 0-dim tensor")
-    if (rows * x.shape[-1] + 1) // 2 != packed.numel():
+    check_device(op, "x", x, nf4.packed.device)
+    if (rows * x.shape[-1] + 1) // 2 != nf4.packed.numel():
         raise ValueError(
-            f"{op}: expected x [..., K] with {rows} * K weights in {packed.numel()} packed bytes, got {list(x.shape)}"
+            f"{op}: expected x [..., K] with {rows} * K weights in {nf4.packed.numel()} packed bytes, "
+            f"got {list(x.shape)}"
         )
-    check_shape(op, "panel", panel, ("P", x.shape[-1]))
-    check_dtype(op, "panel", panel.dtype, (x.dtype,))
-    check_contiguous(op, "panel", panel)
-    check_device(op, "panel", panel, x.device)
-    if panel.shape[0] == 0:
-        raise ValueError(f"{op}: expected a panel of at least one row, got {list(panel.shape)}")
+    check_shape(op, "scratch", scratch, ("bytes",))
+    check_dtype(op, "scratch", scratch.dtype, (torch.uint8,))
+    check_contiguous(op, "scratch", scratch)
+    check_device(op, "scratch", scratch, x.device)
+    if scratch.numel() < scratch_bytes:
+        raise ValueError(f"{op}: expected at least {scratch_bytes} bytes of scratch, got {scratch.numel()}")
     if bias is not None:
         check_shape(op, "bias", bias, (rows,))
         check_dtype(op, "bias", bias.dtype, (x.dtype,))
@@ -164,3 +159,33 @@ def check_linear_cross_entropy(hidden: Tensor, head_weight: Tensor, targets: Ten
     check_shape(op, "targets", targets, (hidden.shape[0],))
     check_dtype(op, "targets", targets.dtype, (torch.int64,))
     check_device(op, "targets", targets, hidden.device)
+
+
+def check_logits(
+    hidden: Tensor, head_weight: Tensor, logits: Tensor, wide_logits: Tensor | None, *, needs_wide: bool
+) -> None:
+    """Check the scratch of `linear_cross_entropy`: logits [chunk, V], and fp32 wide_logits [chunk, V] where needed."""
+    op = "linear_cross_entropy"
+    check_shape(op, "logits", logits, ("chunk", head_weight.shape[0]))
+    check_dtype(op, "logits", logits.dtype, (hidden.dtype,))
+    check_contiguous(op, "logits", logits)
+    check_device(op, "logits", logits, hidden.device)
+    if logits.shape[0] == 0:
+        raise ValueError(f"{op}: expected logits [chunk, V] of at least one row, got {list(logits.shape)}")
+    if needs_wide and wide_logits is None:
+        raise ValueError(f"{op}: expected wide_logits, float32 scratch of shape {list(logits.shape)}, got None")
+    if wide_logits is not None:
+        check_shape(op, "wide_logits", wide_logits, logits.shape)
+        check_dtype(op, "wide_logits", wide_logits.dtype, (torch.float32,))
+        check_device(op, "wide_logits", wide_logits, hidden.device)
+
+
+def check_targets(targets: Tensor, vocabulary: int) -> None:
+    """Raise ValueError unless every target is in [0, vocabulary) or IGNORE_INDEX. Reads the tensor."""
+    wrong = ((targets < 0) | (targets >= vocabulary)) & (targets != IGNORE_INDEX)
+    if bool(wrong.any()):
+        row = int(wrong.nonzero()[0, 0])
+        raise ValueError(
+            f"linear_cross_entropy: expected targets in [0, {vocabulary}) or {IGNORE_INDEX}, got {int(targets[row])} "
+            f"in row {row}; is the tokenizer that of the model?"
+        )

@@ -2,14 +2,42 @@
 
 from __future__ import annotations
 
-# Rows of the matrix product below which it is bound by reading the weight, not by arithmetic.
-FEW_TOKENS = 32
+from dataclasses import dataclass
+
+# Tokens up to which the native kernel that reads each packed weight once beats decoding a panel and multiplying it.
+FEW_TOKENS = 16
+# Below this a product is bound by reading the weight, not by arithmetic.
+CACHED_PANEL_TOKENS = 32
 # fp32, 512 tokens, two cores of an AVX-512 Xeon, 3584 x 3584: panels of 3.5, 7, 14 and 49 MiB cost 52, 26, 12 and 0 %
 # over one full matrix, because every panel packs the activations again.
 MANY_TOKENS_PANEL_BYTES = 32 << 20
 # A panel that stays in the second-level cache between its decode and its use.
-FEW_TOKENS_PANEL_BYTES = 1 << 20
+CACHED_PANEL_BYTES = 1 << 20
 PANEL_ROW_MULTIPLE = 64
+# The few-tokens kernel works on whole groups of 64 weights that share a scale, and on up to 16 tokens at a time.
+GROUP = 64
+TOKEN_MULTIPLE = 16
+
+
+@dataclass(frozen=True)
+class LinearPlan:
+    """How `nf4_linear` computes a product.
+
+    Attributes:
+        panel_rows: rows of the weight decoded at a time, or 0 for the kernel that reads packed weights.
+        scratch_bytes: what it needs of scratch.
+    """
+
+    panel_rows: int
+    scratch_bytes: int
+
+
+def linear_plan(tokens: int, rows: int, cols: int, block_size: int, itemsize: int, is_native: bool) -> LinearPlan:
+    """The plan for x [tokens, cols] with items of `itemsize` bytes times an NF4 weight [rows, cols]."""
+    if is_native and 0 < tokens <= FEW_TOKENS and cols > 0 and cols % GROUP == 0 and block_size % GROUP == 0:
+        return LinearPlan(0, 4 * cols * -(-tokens // TOKEN_MULTIPLE) * TOKEN_MULTIPLE)
+    panel = panel_rows(tokens, rows, cols, itemsize)
+    return LinearPlan(panel, panel * cols * itemsize)
 
 
 def panel_rows(tokens: int, rows: int, cols: int, itemsize: int) -> int:
@@ -17,7 +45,7 @@ def panel_rows(tokens: int, rows: int, cols: int, itemsize: int) -> int:
 
     All panels but the last are equal and a multiple of 64 rows, and the last is not much smaller.
     """
-    budget = FEW_TOKENS_PANEL_BYTES if tokens < FEW_TOKENS else MANY_TOKENS_PANEL_BYTES
+    budget = CACHED_PANEL_BYTES if tokens < CACHED_PANEL_TOKENS else MANY_TOKENS_PANEL_BYTES
     panels = max(1, -(-rows * cols * itemsize // budget))
     multiple = -(-rows // (panels * PANEL_ROW_MULTIPLE)) * PANEL_ROW_MULTIPLE
     return min(rows, multiple)

@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ladder_kernels import reference
-from ladder_kernels.checks import check_linear_cross_entropy, check_no_gradient
+from ladder_kernels import native, reference
+from ladder_kernels.checks import check_linear_cross_entropy, check_logits, check_no_gradient, check_targets
 from ladder_kernels.dispatch import runs_eagerly
 from ladder_kernels.launch import logit_rows
-from ladder_kernels.reference import IGNORE_INDEX
 from ladder_kernels.workspace import Workspace
 
 DEFAULT_CHUNK_BYTES = 64 << 20
@@ -34,17 +33,47 @@ DEFAULT_CHUNK_BYTES = 64 << 20
 def _linear_cross_entropy(
     hidden: Tensor, head_weight: Tensor, targets: Tensor, logits: Tensor, wide_logits: Tensor | None, need_grad: bool
 ) -> tuple[Tensor, Tensor]:
-    check_linear_cross_entropy(hidden, head_weight, targets)
-    return reference.linear_cross_entropy(hidden, head_weight, targets, logits, wide_logits, need_grad)
+    _check(hidden, head_weight, targets, logits, wide_logits)
+    if hidden.device.type == "cpu":
+        check_targets(targets, head_weight.shape[0])
+    return _compute_here(hidden, head_weight, targets, logits, wide_logits, need_grad)
 
 
 @_linear_cross_entropy.register_fake
 def _(
     hidden: Tensor, head_weight: Tensor, targets: Tensor, logits: Tensor, wide_logits: Tensor | None, need_grad: bool
 ) -> tuple[Tensor, Tensor]:
-    check_linear_cross_entropy(hidden, head_weight, targets)
+    _check(hidden, head_weight, targets, logits, wide_logits)
     loss = hidden.new_empty((), dtype=torch.promote_types(hidden.dtype, torch.float32))
     return loss, torch.empty_like(hidden) if need_grad else hidden.new_empty(0)
+
+
+def _check(hidden: Tensor, head_weight: Tensor, targets: Tensor, logits: Tensor, wide_logits: Tensor | None) -> None:
+    check_linear_cross_entropy(hidden, head_weight, targets)
+    check_logits(hidden, head_weight, logits, wide_logits, needs_wide=_needs_wide_logits(hidden))
+
+
+def _is_native(hidden: Tensor) -> bool:
+    return hidden.device.type == "cpu" and hidden.dtype != torch.float64 and native.available()
+
+
+def _needs_wide_logits(hidden: Tensor) -> bool:
+    """The native kernel widens 16-bit logits as it reads them; torch needs memory for that."""
+    return hidden.dtype.itemsize == 2 and not _is_native(hidden)
+
+
+def _compute_here(
+    hidden: Tensor, head_weight: Tensor, targets: Tensor, logits: Tensor, wide_logits: Tensor | None, need_grad: bool
+) -> tuple[Tensor, Tensor]:
+    is_native = _is_native(hidden)
+
+    def cross_entropy_of(chunk: Tensor, chunk_targets: Tensor) -> Tensor:
+        if is_native:
+            return native.cross_entropy(chunk, chunk_targets.contiguous(), need_grad)
+        wide_chunk = None if wide_logits is None else wide_logits[: chunk.shape[0]]
+        return reference.cross_entropy(chunk, chunk_targets, wide_chunk, need_grad)
+
+    return reference.linear_cross_entropy(hidden, head_weight, targets, logits, need_grad, cross_entropy_of)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -68,7 +97,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _compute(
     hidden: Tensor, head_weight: Tensor, targets: Tensor, logits: Tensor, wide_logits: Tensor | None, need_grad: bool
 ) -> tuple[Tensor, Tensor]:
-    op = reference.linear_cross_entropy if runs_eagerly(hidden, head_weight, targets) else _linear_cross_entropy
+    op = _compute_here if runs_eagerly(hidden, head_weight, targets) else _linear_cross_entropy
     return op(hidden, head_weight, targets, logits, wide_logits, need_grad)
 
 
@@ -102,24 +131,15 @@ def linear_cross_entropy(
     if chunk_bytes <= 0:
         raise ValueError(f"{op}: expected positive chunk_bytes, got {chunk_bytes}")
     if targets.device.type == "cpu" and runs_eagerly(targets):
-        _check_targets(targets, head_weight.shape[0])
+        check_targets(targets, head_weight.shape[0])
     vocabulary = head_weight.shape[0]
     wide = torch.promote_types(hidden.dtype, torch.float32)
     shape = (logit_rows(hidden.shape[0], vocabulary, wide.itemsize, chunk_bytes), vocabulary)
     workspace = Workspace() if workspace is None else workspace
     logits = workspace.take("logits", shape, hidden.dtype, hidden.device)
-    wide_logits = None if wide == hidden.dtype else workspace.take("wide_logits", shape, wide, hidden.device)
+    needs_wide = _needs_wide_logits(hidden)
+    wide_logits = workspace.take("wide_logits", shape, wide, hidden.device) if needs_wide else None
     if hidden.requires_grad and torch.is_grad_enabled():
         return _LinearCrossEntropy.apply(hidden, head_weight, targets, logits, wide_logits)
     with torch.no_grad():
         return _compute(hidden, head_weight, targets, logits, wide_logits, False)[0]
-
-
-def _check_targets(targets: Tensor, vocabulary: int) -> None:
-    wrong = ((targets < 0) | (targets >= vocabulary)) & (targets != IGNORE_INDEX)
-    if bool(wrong.any()):
-        row = int(wrong.nonzero()[0, 0])
-        raise ValueError(
-            f"linear_cross_entropy: expected targets in [0, {vocabulary}) or {IGNORE_INDEX}, got {int(targets[row])} "
-            f"in row {row}; is the tokenizer that of the model?"
-        )

@@ -2,7 +2,7 @@
 
 The library is looked for on first use, never on import. Where it is absent the plain-torch `reference` computes the
 same bits, several times slower, after one warning. Environment: `LADDER_NATIVE_LIB` names a library file to use
-instead of the installed one, `LADDER_CPU_ISA` (scalar, avx512) an instruction set instead of the fastest.
+instead of the installed one, `LADDER_CPU_ISA` one of ISAS instead of the fastest.
 """
 
 from __future__ import annotations
@@ -18,10 +18,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-ABI_VERSION = 1
+from ladder_kernels.nf4_tensors import NF4Tensors
+from ladder_kernels.reference import IGNORE_INDEX
+
+ABI_VERSION = 2
 _SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
 LIBRARY_NAME = f"libladder_native{_SUFFIX}"
-ISAS = ("avx512", "scalar")
+ISAS = ("amx", "avx512bf16", "avx512", "avx2", "scalar")
 
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
@@ -30,9 +33,55 @@ _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     "ladder_isa": ([], ctypes.c_char_p),
     "ladder_isa_available": ([ctypes.c_char_p], _int32),
     "ladder_select_isa": ([ctypes.c_char_p], _int32),
-    "ladder_dequantize_nf4": ([_pointer] * 6 + [_int64] * 3 + [_int32, _pointer, _int32], None),
+    "ladder_dequantize_nf4": ([_pointer, _int64, _int64, _int32, _pointer, _int32], None),
     "ladder_quantize_nf4": ([_pointer, _int32, _pointer, _int64, _int64, _pointer, _pointer, _int32], None),
+    "ladder_nf4_linear": ([_pointer, _pointer, _int32], None),
+    "ladder_cross_entropy": ([_pointer, _int32], None),
 }
+
+
+class _NF4View(ctypes.Structure):
+    """`ladder::NF4View` of csrc/kernels.h."""
+
+    _fields_ = [
+        ("packed", _pointer),
+        ("absmax", _pointer),
+        ("codebook", _pointer),
+        ("absmax_scale", _pointer),
+        ("absmax_map", _pointer),
+        ("absmax_offset", _pointer),
+        ("block_size", _int64),
+    ]
+
+
+class _Product(ctypes.Structure):
+    """`ladder::Product` of csrc/kernels.h."""
+
+    _fields_ = [
+        ("x", _pointer),
+        ("bias", _pointer),
+        ("out", _pointer),
+        ("arranged", _pointer),
+        ("tokens", _int64),
+        ("rows", _int64),
+        ("cols", _int64),
+        ("dtype", _int32),
+    ]
+
+
+class _CrossEntropy(ctypes.Structure):
+    """`ladder::CrossEntropy` of csrc/kernels.h."""
+
+    _fields_ = [
+        ("logits", _pointer),
+        ("targets", _pointer),
+        ("losses", _pointer),
+        ("rows", _int64),
+        ("vocabulary", _int64),
+        ("ignored_target", _int64),
+        ("dtype", _int32),
+        ("writes_gradient", _int32),
+    ]
 
 
 @dataclass(frozen=True)
@@ -94,32 +143,53 @@ def select_isa(isa: str) -> None:
         raise ValueError(f"expected one of the instruction sets available here ({offered}), got {isa!r}")
 
 
-def dequantize_nf4(
-    packed: Tensor,
-    absmax: Tensor,
-    codebook: Tensor,
-    absmax_scale: Tensor | None,
-    absmax_map: Tensor | None,
-    absmax_offset: Tensor | None,
-    block_size: int,
-    first_row: int,
-    out: Tensor,
-) -> None:
+def dequantize_nf4(nf4: NF4Tensors, first_row: int, out: Tensor) -> None:
     """`reference.dequantize_nf4` for checked, contiguous CPU tensors."""
     _library().ladder_dequantize_nf4(
-        packed.data_ptr(),
-        codebook.data_ptr(),
-        absmax.data_ptr(),
-        None if absmax_scale is None else absmax_scale.data_ptr(),
-        None if absmax_map is None else absmax_map.data_ptr(),
-        None if absmax_offset is None else absmax_offset.data_ptr(),
-        block_size,
+        ctypes.byref(_view(nf4)),
         first_row * out.shape[1],
         out.numel(),
         _DTYPE_CODES[out.dtype],
         out.data_ptr(),
         torch.get_num_threads(),
     )
+
+
+def nf4_linear(x: Tensor, bias: Tensor | None, nf4: NF4Tensors, scratch: Tensor, out: Tensor) -> None:
+    """out [T, N] = x [T, K] @ W^T + bias for few tokens T, from packed weights.
+
+    Checked, contiguous CPU tensors; K and the block size are multiples of 64; scratch as in `launch.linear_plan`. The
+    sums are in fp32 and do not depend on the number of threads.
+    """
+    product = _Product(
+        x.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        scratch.data_ptr(),
+        *out.shape,
+        x.shape[1],
+        _DTYPE_CODES[x.dtype],
+    )
+    _library().ladder_nf4_linear(ctypes.byref(_view(nf4)), ctypes.byref(product), torch.get_num_threads())
+
+
+def cross_entropy(logits: Tensor, targets: Tensor, need_grad: bool) -> Tensor:
+    """`reference.cross_entropy` for checked, contiguous CPU tensors of up to 32 bits; the softmax needs no scratch.
+
+    Targets outside of [0, V) that are not IGNORE_INDEX would be read as addresses.
+    """
+    losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
+    problem = _CrossEntropy(
+        logits.data_ptr(),
+        targets.data_ptr(),
+        losses.data_ptr(),
+        *logits.shape,
+        IGNORE_INDEX,
+        _DTYPE_CODES[logits.dtype],
+        need_grad,
+    )
+    _library().ladder_cross_entropy(ctypes.byref(problem), torch.get_num_threads())
+    return losses
 
 
 def quantize_nf4(weight: Tensor, thresholds: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
@@ -138,6 +208,11 @@ def quantize_nf4(weight: Tensor, thresholds: Tensor, block_size: int) -> tuple[T
         torch.get_num_threads(),
     )
     return packed, absmax
+
+
+def _view(nf4: NF4Tensors) -> _NF4View:
+    *tensors, block_size = nf4
+    return _NF4View(*(None if tensor is None else tensor.data_ptr() for tensor in tensors), block_size)
 
 
 def _library() -> ctypes.CDLL:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ from ladder_kernels.checks import (
     check_shape,
 )
 from ladder_kernels.dispatch import runs_eagerly
+from ladder_kernels.nf4_tensors import NF4_SCHEMA, NF4Tensors
 
 # Quantiles of the standard normal distribution, scaled to [-1, 1], with an exact zero.
 NF4_CODES = (
@@ -37,8 +39,6 @@ NF4_CODES = (
     0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
-
-Nf4Arguments = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +70,7 @@ class NF4Weight:
     def __post_init__(self) -> None:
         size = (self.shape[0] * self.shape[1] + 1) // 2
         check_shape("NF4Weight", "packed", self.packed, (size,))
-        check_nf4("NF4Weight", *self.op_arguments(), self.block_size)
+        check_nf4("NF4Weight", self.tensors())
 
     @property
     def double_quant(self) -> bool:
@@ -85,11 +85,19 @@ class NF4Weight:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(tensor.nbytes for tensor in self.op_arguments() if tensor is not None)
+        return sum(tensor.nbytes for tensor in self.tensors() if isinstance(tensor, Tensor))
 
-    def op_arguments(self) -> Nf4Arguments:
-        """The tensors, in the order in which the ops take them."""
-        return self.packed, self.absmax, self.codebook, self.absmax_scale, self.absmax_map, self.absmax_offset
+    def tensors(self) -> NF4Tensors:
+        """What kernels read of it."""
+        return NF4Tensors(
+            self.packed,
+            self.absmax,
+            self.codebook,
+            self.absmax_scale,
+            self.absmax_map,
+            self.absmax_offset,
+            self.block_size,
+        )
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> NF4Weight:
         """The same matrix with `fn` applied to every tensor."""
@@ -181,58 +189,29 @@ def quantize_nf4(weight: Tensor, block_size: int = 64, double_quant: bool = True
     return NF4Weight(packed, codes, codebook, shape, weight.dtype, block_size, scale, absmax_map, offset)
 
 
-def dequantize_rows(
-    packed: Tensor,
-    absmax: Tensor,
-    codebook: Tensor,
-    absmax_scale: Tensor | None,
-    absmax_map: Tensor | None,
-    absmax_offset: Tensor | None,
-    block_size: int,
-    first_row: int,
-    out: Tensor,
-) -> None:
+def dequantize_rows(nf4: NF4Tensors, first_row: int, out: Tensor) -> None:
     """Decode rows [first_row, first_row + P) into out [P, K], natively where that is possible. Nothing is checked."""
     dequantize = native.dequantize_nf4 if out.device.type == "cpu" and native.available() else reference.dequantize_nf4
-    dequantize(packed, absmax, codebook, absmax_scale, absmax_map, absmax_offset, block_size, first_row, out)
+    dequantize(nf4, first_row, out)
 
 
 @torch.library.custom_op(
     "ladder::dequantize_nf4",
     mutates_args=("out",),
-    schema="(Tensor packed, Tensor absmax, Tensor codebook, Tensor? absmax_scale, Tensor? absmax_map,"
-    " Tensor? absmax_offset, int block_size, int first_row, Tensor(a!) out) -> ()",
+    schema=f"(int first_row, Tensor(a!) out, {NF4_SCHEMA}) -> ()",
 )
-def _dequantize_nf4(
-    packed: Tensor,
-    absmax: Tensor,
-    codebook: Tensor,
-    absmax_scale: Tensor | None,
-    absmax_map: Tensor | None,
-    absmax_offset: Tensor | None,
-    block_size: int,
-    first_row: int,
-    out: Tensor,
-) -> None:
-    check_nf4("dequantize_nf4", packed, absmax, codebook, absmax_scale, absmax_map, absmax_offset, block_size)
-    check_dequantize(packed, absmax, block_size, first_row, out)
-    dequantize_rows(packed, absmax, codebook, absmax_scale, absmax_map, absmax_offset, block_size, first_row, out)
+def _dequantize_nf4(first_row: int, out: Tensor, *nf4: Any) -> None:
+    tensors = NF4Tensors(*nf4)
+    check_nf4("dequantize_nf4", tensors)
+    check_dequantize(tensors, first_row, out)
+    dequantize_rows(tensors, first_row, out)
 
 
 @_dequantize_nf4.register_fake
-def _(
-    packed: Tensor,
-    absmax: Tensor,
-    codebook: Tensor,
-    absmax_scale: Tensor | None,
-    absmax_map: Tensor | None,
-    absmax_offset: Tensor | None,
-    block_size: int,
-    first_row: int,
-    out: Tensor,
-) -> None:
-    check_nf4("dequantize_nf4", packed, absmax, codebook, absmax_scale, absmax_map, absmax_offset, block_size)
-    check_dequantize(packed, absmax, block_size, first_row, out)
+def _(first_row: int, out: Tensor, *nf4: Any) -> None:
+    tensors = NF4Tensors(*nf4)
+    check_nf4("dequantize_nf4", tensors)
+    check_dequantize(tensors, first_row, out)
 
 
 def dequantize_nf4(nf4_weight: NF4Weight, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
@@ -256,13 +235,13 @@ def dequantize_nf4(nf4_weight: NF4Weight, dtype: torch.dtype, out: Tensor | None
     check_shape("dequantize_nf4", "out", out, nf4_weight.shape)
     check_dtype("dequantize_nf4", "out", out.dtype, (dtype,))
     check_no_gradient("dequantize_nf4", "out", out, "pass a tensor that does not, or call it under torch.no_grad()")
-    arguments = nf4_weight.op_arguments()
-    if runs_eagerly(out, *arguments):
-        check_dequantize(nf4_weight.packed, nf4_weight.absmax, nf4_weight.block_size, 0, out)
-        dequantize_rows(*arguments, nf4_weight.block_size, 0, out)
+    nf4 = nf4_weight.tensors()
+    if runs_eagerly(out, nf4.packed):
+        check_dequantize(nf4, 0, out)
+        dequantize_rows(nf4, 0, out)
         if not out.is_inference():
             # Native code wrote behind autograd's back: whoever saved `out` for backward must find out.
             torch.autograd.graph.increment_version(out)
     else:
-        _dequantize_nf4(*arguments, nf4_weight.block_size, 0, out)
+        _dequantize_nf4(0, out, *nf4)
     return out

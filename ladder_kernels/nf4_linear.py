@@ -1,105 +1,93 @@
 """out = x @ dequantize(W)^T + bias for a frozen NF4 weight.
 
-x [..., K], W NF4 [N, K], bias [N] -> out [..., N], all in x.dtype. W is decoded panel by panel along N into reused
-scratch and each panel is multiplied straight into its columns of out: the whole matrix never exists. Forward only: the
-backbone runs without gradients, so there is nothing to save.
+x [..., K], W NF4 [N, K], bias [N] -> out [..., N], all in x.dtype. For few tokens a native kernel multiplies packed
+weights as it reads them. For more, W is decoded panel by panel along N into reused scratch and each panel is
+multiplied straight into its columns of out: the whole matrix never exists. `launch.linear_plan` chooses. Forward only:
+the backbone runs without gradients, so there is nothing to save.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ladder_kernels import native
 from ladder_kernels.checks import check_nf4, check_nf4_linear, check_no_gradient
 from ladder_kernels.dispatch import runs_eagerly
-from ladder_kernels.launch import panel_rows
+from ladder_kernels.launch import LinearPlan, linear_plan
 from ladder_kernels.nf4 import NF4Weight, dequantize_rows
+from ladder_kernels.nf4_tensors import NF4_SCHEMA, NF4Tensors
 from ladder_kernels.workspace import Workspace
 
 
-def _multiply_panels(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    codebook: Tensor,
-    absmax_scale: Tensor | None,
-    absmax_map: Tensor | None,
-    absmax_offset: Tensor | None,
-    bias: Tensor | None,
-    block_size: int,
-    rows: int,
-    panel: Tensor,
-) -> Tensor:
+def _plan(x: Tensor, rows: int, nf4: NF4Tensors) -> LinearPlan:
+    tokens, cols = math.prod(x.shape[:-1]), x.shape[-1]
+    is_native = x.device.type == "cpu" and native.available()
+    return linear_plan(tokens, rows, cols, nf4.block_size, x.dtype.itemsize, is_native)
+
+
+def _multiply(x: Tensor, bias: Tensor | None, rows: int, scratch: Tensor, nf4: NF4Tensors, plan: LinearPlan) -> Tensor:
     flat = x.reshape(-1, x.shape[-1])
     out = x.new_empty(flat.shape[0], rows)
+    if plan.panel_rows == 0:
+        native.nf4_linear(flat.contiguous(), None if bias is None else bias.contiguous(), nf4, scratch, out)
+    else:
+        panel = scratch[: plan.scratch_bytes].view(x.dtype).view(plan.panel_rows, x.shape[-1])
+        _multiply_panels(flat, bias, panel, nf4, out)
+    return out.view(*x.shape[:-1], rows)
+
+
+def _multiply_panels(flat: Tensor, bias: Tensor | None, panel: Tensor, nf4: NF4Tensors, out: Tensor) -> None:
+    rows = out.shape[1]
     for begin in range(0, rows, panel.shape[0]):
         end = min(begin + panel.shape[0], rows)
         part = panel[: end - begin]
-        dequantize_rows(packed, absmax, codebook, absmax_scale, absmax_map, absmax_offset, block_size, begin, part)
+        dequantize_rows(nf4, begin, part)
         if bias is None:
             torch.mm(flat, part.T, out=out[:, begin:end])
         else:
             torch.addmm(bias[begin:end], flat, part.T, out=out[:, begin:end])
-    return out.view(*x.shape[:-1], rows)
 
 
 @torch.library.custom_op(
     "ladder::nf4_linear",
-    mutates_args=("panel",),
-    schema="(Tensor x, Tensor packed, Tensor absmax, Tensor codebook, Tensor? absmax_scale, Tensor? absmax_map,"
-    " Tensor? absmax_offset, Tensor? bias, int block_size, int rows, Tensor(a!) panel) -> Tensor",
+    mutates_args=("scratch",),
+    schema=f"(Tensor x, Tensor? bias, int rows, Tensor(a!) scratch, {NF4_SCHEMA}) -> Tensor",
 )
-def _nf4_linear(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    codebook: Tensor,
-    absmax_scale: Tensor | None,
-    absmax_map: Tensor | None,
-    absmax_offset: Tensor | None,
-    bias: Tensor | None,
-    block_size: int,
-    rows: int,
-    panel: Tensor,
-) -> Tensor:
-    check_nf4("nf4_linear", packed, absmax, codebook, absmax_scale, absmax_map, absmax_offset, block_size)
-    check_nf4_linear(x, packed, bias, rows, panel)
-    return _multiply_panels(
-        x, packed, absmax, codebook, absmax_scale, absmax_map, absmax_offset, bias, block_size, rows, panel
-    )
+def _nf4_linear(x: Tensor, bias: Tensor | None, rows: int, scratch: Tensor, *nf4: Any) -> Tensor:
+    tensors = NF4Tensors(*nf4)
+    return _multiply(x, bias, rows, scratch, tensors, _checked_plan(x, bias, rows, scratch, tensors))
 
 
 @_nf4_linear.register_fake
-def _(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    codebook: Tensor,
-    absmax_scale: Tensor | None,
-    absmax_map: Tensor | None,
-    absmax_offset: Tensor | None,
-    bias: Tensor | None,
-    block_size: int,
-    rows: int,
-    panel: Tensor,
-) -> Tensor:
-    check_nf4("nf4_linear", packed, absmax, codebook, absmax_scale, absmax_map, absmax_offset, block_size)
-    check_nf4_linear(x, packed, bias, rows, panel)
+def _(x: Tensor, bias: Tensor | None, rows: int, scratch: Tensor, *nf4: Any) -> Tensor:
+    _checked_plan(x, bias, rows, scratch, NF4Tensors(*nf4))
     return x.new_empty(*x.shape[:-1], rows)
+
+
+def _checked_plan(x: Tensor, bias: Tensor | None, rows: int, scratch: Tensor, nf4: NF4Tensors) -> LinearPlan:
+    check_nf4("nf4_linear", nf4)
+    if x.dim() == 0:
+        raise ValueError("nf4_linear: expected x of shape [..., K], got a 0-dim tensor")
+    plan = _plan(x, rows, nf4)
+    check_nf4_linear(x, bias, rows, scratch, nf4, plan.scratch_bytes)
+    return plan
 
 
 def nf4_linear(
     x: Tensor, nf4_weight: NF4Weight, bias: Tensor | None = None, *, workspace: Workspace | None = None
 ) -> Tensor:
-    """x @ dequantize(nf4_weight)^T + bias, computed in x.dtype.
+    """x @ dequantize(nf4_weight)^T + bias, computed in x.dtype (few tokens on a CPU: products and sums in fp32).
 
     Args:
         x: [..., K] fp32, bf16 or fp16.
         nf4_weight: [N, K].
         bias: [N] in x.dtype.
-        workspace: keeps the decode panel (at most 32 MiB) between calls. Without one it is allocated for this call.
+        workspace: keeps the scratch (a decode panel of at most 32 MiB) between calls. Without one it is allocated for
+            this call.
 
     Returns:
         [..., N] in x.dtype.
@@ -112,11 +100,12 @@ def nf4_linear(
     rows, cols = nf4_weight.shape
     if x.dim() == 0 or x.shape[-1] != cols:
         raise ValueError(f"nf4_linear: expected x of shape [..., {cols}], got {list(x.shape)}")
-    size = (panel_rows(math.prod(x.shape[:-1]), rows, cols, x.dtype.itemsize), cols)
-    panel = (Workspace() if workspace is None else workspace).take("nf4_panel", size, x.dtype, x.device)
-    arguments = (x, *nf4_weight.op_arguments(), bias, nf4_weight.block_size, rows, panel)
+    nf4 = nf4_weight.tensors()
+    plan = _plan(x, rows, nf4)
+    workspace = Workspace() if workspace is None else workspace
+    scratch = workspace.take("nf4_linear", (plan.scratch_bytes,), torch.uint8, x.device)
     with torch.no_grad():
-        if not runs_eagerly(x, bias, panel, *nf4_weight.op_arguments()):
-            return _nf4_linear(*arguments)
-        check_nf4_linear(x, nf4_weight.packed, bias, rows, panel)
-        return _multiply_panels(*arguments)
+        if not runs_eagerly(x, bias, scratch, nf4.packed):
+            return _nf4_linear(x, bias, rows, scratch, *nf4)
+        check_nf4_linear(x, bias, rows, scratch, nf4, plan.scratch_bytes)
+        return _multiply(x, bias, rows, scratch, nf4, plan)

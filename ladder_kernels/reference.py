@@ -1,13 +1,18 @@
 """Plain-torch twin of every op: the truth for tests, the baseline for benchmarks, the fallback without a native kernel.
 
-Signatures are those of the `torch.library` ops (`nf4_linear` needs no panel). Arguments are taken as checked.
+Signatures are those of the `torch.library` ops, the tensors of an NF4 matrix as one value (`nf4_linear` needs no
+scratch). Arguments are taken as checked.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from ladder_kernels.nf4_tensors import NF4Tensors
 
 IGNORE_INDEX = -100
 ABSMAX_BLOCK = 256  # scales per block of double quantization
@@ -77,22 +82,13 @@ def quantize_absmax(absmax: Tensor, absmax_map: Tensor, absmax_offset: Tensor) -
     return codes.masked_fill(invalid, 0).to(torch.uint8), scale
 
 
-def dequantize_nf4(
-    packed: Tensor,
-    absmax: Tensor,
-    codebook: Tensor,
-    absmax_scale: Tensor | None,
-    absmax_map: Tensor | None,
-    absmax_offset: Tensor | None,
-    block_size: int,
-    first_row: int,
-    out: Tensor,
-) -> None:
+def dequantize_nf4(nf4: NF4Tensors, first_row: int, out: Tensor) -> None:
     """Decode rows [first_row, first_row + P) of a matrix into out [P, K]: codebook value * absmax, rounded once.
 
     With double quantization absmax = absmax_map[code] * absmax_scale[block // 256] + absmax_offset, the product rounded
     before the sum.
     """
+    packed, absmax, codebook, absmax_scale, absmax_map, absmax_offset, block_size = nf4
     flat = out.view(-1)
     start = first_row * out.shape[1]
     for begin in range(0, flat.numel(), _CHUNK):
@@ -109,21 +105,10 @@ def dequantize_nf4(
         target.copy_(codebook[codes.int()] * scale)
 
 
-def nf4_linear(
-    x: Tensor,
-    packed: Tensor,
-    absmax: Tensor,
-    codebook: Tensor,
-    absmax_scale: Tensor | None,
-    absmax_map: Tensor | None,
-    absmax_offset: Tensor | None,
-    bias: Tensor | None,
-    block_size: int,
-    rows: int,
-) -> Tensor:
+def nf4_linear(x: Tensor, bias: Tensor | None, rows: int, nf4: NF4Tensors) -> Tensor:
     """x @ W^T + bias with the whole W [N, K] decoded to x.dtype: the simplest thing that is right."""
     weight = x.new_empty(rows, x.shape[-1])
-    dequantize_nf4(packed, absmax, codebook, absmax_scale, absmax_map, absmax_offset, block_size, 0, weight)
+    dequantize_nf4(nf4, 0, weight)
     return F.linear(x, weight, bias)
 
 
@@ -151,8 +136,37 @@ def tap_weight_gradient(dout: Tensor, h: Tensor, dtype: torch.dtype) -> Tensor:
     return dweight
 
 
+def cross_entropy(logits: Tensor, targets: Tensor, wide_logits: Tensor | None, need_grad: bool) -> Tensor:
+    """-log softmax(logits)[target] of each row, and in the memory of the logits their gradient.
+
+    Args:
+        logits: [R, V]; with need_grad they become softmax(logits) - onehot(targets), else anything.
+        targets: int64 [R]; a row of -100 has loss and gradient 0.
+        wide_logits: fp32 scratch [R, V] where logits have 16 bits, else None: softmax is computed in at least fp32.
+        need_grad: whether to compute the gradient.
+
+    Returns:
+        [R] in the dtype of the wider one.
+    """
+    counted = targets != IGNORE_INDEX
+    columns = torch.where(counted, targets, 0)[:, None]
+    p = logits if wide_logits is None else wide_logits.copy_(logits)
+    p.sub_(p.amax(dim=1, keepdim=True))
+    target_logit = p.gather(1, columns)
+    total = p.exp_().sum(dim=1, keepdim=True)
+    if need_grad:
+        p.div_(total).scatter_add_(1, columns, p.new_full(columns.shape, -1.0))
+        logits.copy_(p.masked_fill_(~counted[:, None], 0.0))
+    return torch.where(counted, (total.log() - target_logit).view(-1), 0.0)
+
+
 def linear_cross_entropy(
-    hidden: Tensor, head_weight: Tensor, targets: Tensor, logits: Tensor, wide_logits: Tensor | None, need_grad: bool
+    hidden: Tensor,
+    head_weight: Tensor,
+    targets: Tensor,
+    logits: Tensor,
+    need_grad: bool,
+    cross_entropy_of: Callable[[Tensor, Tensor], Tensor],
 ) -> tuple[Tensor, Tensor]:
     """Sum over rows of -log softmax(hidden @ head_weight^T)[target], and its gradient to hidden in the same pass.
 
@@ -163,8 +177,8 @@ def linear_cross_entropy(
         head_weight: [V, D] in the dtype of hidden.
         targets: int64 [R]; -100 contributes nothing.
         logits: scratch [chunk, V] in the dtype of hidden.
-        wide_logits: fp32 scratch [chunk, V] where hidden has 16 bits, else None: softmax is computed in at least fp32.
         need_grad: whether to compute the gradient.
+        cross_entropy_of: `cross_entropy`, or a kernel, of a chunk of logits and its targets.
 
     Returns:
         The 0-dim sum in fp32 (fp64 for fp64), and dhidden [R, D] (empty [0] without need_grad).
@@ -172,21 +186,12 @@ def linear_cross_entropy(
     accumulate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     losses = hidden.new_zeros(hidden.shape[0], dtype=accumulate)
     dhidden = torch.empty_like(hidden) if need_grad else hidden.new_empty(0)
-    counted = targets != IGNORE_INDEX
-    columns = torch.where(counted, targets, 0)[:, None]
     for begin in range(0, hidden.shape[0], logits.shape[0]):
         rows = slice(begin, begin + logits.shape[0])
-        size = hidden[rows].shape[0]
-        narrow = torch.mm(hidden[rows], head_weight.T, out=logits[:size])
-        p = narrow if wide_logits is None else wide_logits[:size].copy_(narrow)
-        p.sub_(p.amax(dim=1, keepdim=True))
-        target_logit = p.gather(1, columns[rows])
-        total = p.exp_().sum(dim=1, keepdim=True)
-        losses[rows] = torch.where(counted[rows], (total.log() - target_logit).view(-1), 0.0)
+        chunk = torch.mm(hidden[rows], head_weight.T, out=logits[: hidden[rows].shape[0]])
+        losses[rows] = cross_entropy_of(chunk, targets[rows])
         if need_grad:
-            p.div_(total).scatter_add_(1, columns[rows], p.new_full((size, 1), -1.0))
-            p.masked_fill_(~counted[rows, None], 0.0)
-            torch.mm(p if wide_logits is None else narrow.copy_(p), head_weight, out=dhidden[rows])
+            torch.mm(chunk, head_weight, out=dhidden[rows])
     return losses.sum(), dhidden
 
 

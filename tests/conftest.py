@@ -8,6 +8,7 @@ import os
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import pytest
@@ -55,17 +56,27 @@ def require_native() -> None:
         pytest.skip(message)
 
 
-@pytest.fixture(params=["reference", *native.ISAS])
+@pytest.fixture(params=["reference", *native.available_isas()])
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Runs the test once per implementation: plain torch, and every instruction set of the native library."""
+    """Runs the test once per implementation: plain torch, and every instruction set that runs here."""
     if request.param == "reference":
         monkeypatch.setattr(native, "available", lambda: False)
         yield request.param
         return
-    require_native()
-    if request.param not in native.available_isas():
-        pytest.skip(f"this CPU or build cannot run {request.param}")
+    with _isa(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=native.available_isas())
+def native_isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Runs the test once per instruction set that runs here: not at all without the native library."""
+    with _isa(request.param):
+        yield request.param
+
+
+@contextmanager
+def _isa(name: str) -> Iterator[None]:
     selected = native.status().isa
-    native.select_isa(request.param)
-    yield request.param
+    native.select_isa(name)
+    yield
     native.select_isa(selected or "")

@@ -5,17 +5,17 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numerics import assert_close_to_truth
 from torch import Tensor
 
-from ladder_kernels import Workspace, linear_cross_entropy
+from ladder_kernels import Workspace, linear_cross_entropy, native, reference
 from ladder_kernels.launch import logit_rows
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-# (R, D, V): aligned, ragged, tiny
-SHAPES = [(64, 32, 256), (37, 13, 101), (1, 1, 1), (5, 8, 2)]
+# (R, D, V): aligned, ragged, tiny, more than one block of the native softmax
+SHAPES = [(64, 32, 256), (37, 13, 101), (1, 1, 1), (5, 8, 2), (3, 8, 1037)]
 
 
 def inputs(shape: tuple[int, int, int], dtype: torch.dtype, ignored: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -51,24 +51,24 @@ def check(hidden: Tensor, head_weight: Tensor, targets: Tensor, **options: objec
 @pytest.mark.parametrize("ignored", [0, 1])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_loss_and_gradient(shape, dtype, ignored):
+def test_loss_and_gradient(implementation, shape, dtype, ignored):
     check(*inputs(shape, dtype, ignored))
 
 
 @given(rows=st.integers(1, 20), vocabulary=st.integers(1, 50), chunk=st.integers(1, 4000), seed=st.integers(0, 99))
-@settings(max_examples=25, deadline=None, derandomize=True)
-def test_chunks_do_not_matter(rows, vocabulary, chunk, seed):
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+def test_chunks_do_not_matter(implementation, rows, vocabulary, chunk, seed):
     torch.manual_seed(seed)
     check(*inputs((rows, 7, vocabulary), torch.float32, ignored=min(rows, seed % 3)), chunk_bytes=chunk)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_large_logits(dtype):
+def test_large_logits(implementation, dtype):
     hidden, head_weight, targets = inputs((16, 8, 33), torch.float32)
     check((hidden.detach() * 40).to(dtype).requires_grad_(), head_weight.to(dtype), targets)
 
 
-def test_ignored_rows_have_no_gradient_and_no_loss():
+def test_ignored_rows_have_no_gradient_and_no_loss(implementation):
     hidden, head_weight, targets = inputs((6, 5, 9), torch.float32, ignored=2)
     loss = linear_cross_entropy(hidden, head_weight, targets)
     loss.backward()
@@ -76,7 +76,7 @@ def test_ignored_rows_have_no_gradient_and_no_loss():
     assert torch.equal(loss, linear_cross_entropy(hidden[:4], head_weight, targets[:4]))
 
 
-def test_non_finite_padding_rows_are_harmless():
+def test_non_finite_padding_rows_are_harmless(implementation):
     hidden, head_weight, targets = inputs((6, 5, 9), torch.float32, ignored=2)
     expected = linear_cross_entropy(hidden, head_weight, targets)
     spoiled = hidden.detach().clone()
@@ -87,8 +87,45 @@ def test_non_finite_padding_rows_are_harmless():
     assert torch.equal(loss, expected) and torch.equal(spoiled.grad[4:], torch.zeros(2, 5))
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_non_finite_rows_spoil_the_loss_and_their_own_gradient_only(implementation, value):
+    hidden, head_weight, targets = inputs((6, 5, 90), torch.float32)
+    spoiled = hidden.detach().clone()
+    spoiled[2] = value
+    spoiled.requires_grad_()
+    for tensor in (hidden, spoiled):
+        loss = linear_cross_entropy(tensor, head_weight, targets)
+        loss.backward()
+    assert not bool(loss.isfinite())
+    assert bool(spoiled.grad[2].isnan().all())
+    others = [0, 1, 3, 4, 5]
+    assert torch.allclose(spoiled.grad[others], hidden.grad[others])
+
+
+@pytest.mark.parametrize("spread", [0.0, 1.0, 30.0, 86.0, 88.0, 200.0])
+def test_softmax_over_the_range_of_exp(native_isa, spread):
+    """Differences up to and beyond the smallest fp32 exponential, against fp64."""
+    logits = -spread * torch.rand(7, 1500)
+    targets = torch.randint(0, 1500, (7,))
+    truth, plain_logits, ours = logits.double(), logits.clone(), logits.clone()
+    true_losses = reference.cross_entropy(truth, targets, None, True)
+    plain_losses = reference.cross_entropy(plain_logits, targets, None, True)
+    assert_close_to_truth("losses", native.cross_entropy(ours, targets, True), true_losses, plain_losses)
+    assert_close_to_truth("gradient", ours, truth, plain_logits)
+
+
+def test_native_softmax_writes_its_rows_only(native_isa):
+    buffer = torch.full((5, 33), 7.0)
+    native.cross_entropy(buffer[1:4], torch.tensor([3, -100, 32]), True)
+    assert bool((buffer[0] == 7.0).all()) and bool((buffer[4] == 7.0).all())
+    assert bool((buffer[2] == 0.0).all())
+    kept = buffer.clone()
+    native.cross_entropy(buffer[1:4], torch.tensor([3, -100, 32]), False)
+    assert torch.equal(buffer, kept)
+
+
 @pytest.mark.parametrize("rows", [0, 3])
-def test_nothing_supervised(rows):
+def test_nothing_supervised(implementation, rows):
     hidden, head_weight, targets = inputs((rows, 5, 9), torch.bfloat16, ignored=rows)
     loss = linear_cross_entropy(hidden, head_weight, targets)
     loss.backward()
@@ -101,7 +138,7 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(lambda h: linear_cross_entropy(h, head_weight, targets, chunk_bytes=200), hidden)
 
 
-def test_no_gradient_computes_only_the_loss():
+def test_no_gradient_computes_only_the_loss(implementation):
     hidden, head_weight, targets = inputs((6, 5, 9), torch.float32)
     with torch.no_grad():
         loss = linear_cross_entropy(hidden, head_weight, targets)
@@ -134,6 +171,8 @@ def test_wrong_arguments():
         spoiled[3] = wrong
         with pytest.raises(ValueError, match=rf"expected targets in \[0, 9\) or -100, got {wrong} in row 3"):
             linear_cross_entropy(hidden, head_weight, spoiled)
+        with pytest.raises(ValueError, match=f"got {wrong} in row 3"):
+            torch.ops.ladder.linear_cross_entropy(hidden, head_weight, spoiled, torch.zeros(2, 9), None, True)
     with pytest.raises(ValueError, match=r"expected head_weight of shape \[V, 5\], got \[9, 4\]"):
         linear_cross_entropy(hidden, head_weight[:, :4], targets)
     with pytest.raises(TypeError, match="expected head_weight in float32, got bfloat16"):
@@ -144,6 +183,13 @@ def test_wrong_arguments():
         linear_cross_entropy(hidden, head_weight, targets.int())
     with pytest.raises(ValueError, match=r"head_weight requires a gradient.*frozen"):
         linear_cross_entropy(hidden, head_weight.clone().requires_grad_(), targets)
+    for logits, message in (
+        (torch.zeros(2, 8), r"expected logits of shape \[chunk, 9\], got \[2, 8\]"),
+        (torch.zeros(0, 9), "at least one row"),
+        (torch.zeros(2, 18)[:, ::2], "contiguous logits"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            torch.ops.ladder.linear_cross_entropy(hidden, head_weight, targets, logits, None, True)
     with pytest.raises(ValueError, match="expected positive chunk_bytes, got 0"):
         linear_cross_entropy(hidden, head_weight, targets, chunk_bytes=0)
     with pytest.raises(ValueError, match=r"expected head_weight \[V, D\] with V > 0, got \[0, 5\]"):

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import platform
+import re
 import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +18,9 @@ from numerics import assert_same_bits
 
 from ladder_kernels import NF4Weight, dequantize_nf4, native, nf4_linear, quantize_nf4
 from ladder_kernels.nf4 import NF4_CODES
+
+# Set by test_native_build.py, whose build computes the paths of missing units with AVX-512.
+EMULATED = os.environ.get("LADDER_TEST_EMULATED") == "1"
 
 
 @pytest.fixture
@@ -96,11 +103,8 @@ def test_other_abi_version_is_refused(fresh):
     assert status.implementation == "reference" and "expected 999: reinstall" in status.reason
 
 
-@pytest.mark.parametrize("isa", ["scalar", "avx512"])
+@pytest.mark.parametrize("isa", native.available_isas())
 def test_isa_override(fresh, isa):
-    require_native()
-    if isa not in native.available_isas():
-        pytest.skip(f"this CPU or build cannot run {isa}")
     native._load.cache_clear()
     fresh.setenv("LADDER_CPU_ISA", isa)
     assert native.status().isa == isa
@@ -114,18 +118,36 @@ def test_unknown_isa_is_an_error(fresh):
         native.status()
 
 
+def test_isas_are_those_of_the_cpu():
+    require_native()
+    if sys.platform != "linux" or platform.machine() != "x86_64":
+        pytest.skip("reads /proc/cpuinfo of an x86-64 Linux")
+    flags = set(re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)[1].split())
+    needed = {
+        "avx512": {"avx512f", "avx512bw", "avx512vl"},
+        "avx2": {"avx2", "fma", "f16c"},
+        "scalar": set(),
+    }
+    if not EMULATED:
+        needed["avx512bf16"] = needed["avx512"] | {"avx512_bf16"}
+        needed["amx"] = needed["avx512bf16"] | {"amx_tile", "amx_bf16"}
+    assert {isa for isa in native.available_isas() if isa in needed} == {i for i in needed if needed[i] <= flags}
+
+
 def test_threads_do_not_change_the_bits(implementation):
-    weight = torch.randn(300, 700)
+    weight, x = torch.randn(300, 704), torch.randn(5, 704)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(1)
         one = quantize_nf4(weight, double_quant=False)
-        one_decoded = dequantize_nf4(one, torch.bfloat16)
+        one_decoded, one_out = dequantize_nf4(one, torch.bfloat16), nf4_linear(x, one)
         torch.set_num_threads(3)
         three = quantize_nf4(weight, double_quant=False)
         assert_same_bits("packed", three.packed, one.packed)
         assert_same_bits("absmax", three.absmax, one.absmax)
         assert_same_bits("decoded", dequantize_nf4(one, torch.bfloat16), one_decoded)
+        if implementation != "reference":
+            assert_same_bits("out", nf4_linear(x, one), one_out)
     finally:
         torch.set_num_threads(threads)
 
@@ -165,6 +187,23 @@ def test_reading_every_16_bit_value(implementation):
         narrow, wide = quantize_nf4(weight, double_quant=False), quantize_nf4(weight.float(), double_quant=False)
         assert_same_bits("packed", narrow.packed, wide.packed)
         assert_same_bits("absmax", narrow.absmax, wide.absmax)
+
+
+def test_more_than_two_billion_weights():
+    """Element numbers above 2^31, in a matrix of untouched zero pages of which only the end is written."""
+    require_native()
+    rows, cols = (1 << 19) + 3, 4096
+    end = quantize_nf4(torch.randn(3, cols), double_quant=False)
+    packed = torch.zeros(rows * cols // 2, dtype=torch.uint8)
+    packed[-end.packed.numel() :] = end.packed
+    absmax = torch.zeros(rows * cols // 64)
+    absmax[-end.absmax.numel() :] = end.absmax
+    whole = NF4Weight(packed, absmax, end.codebook, (rows, cols), torch.float32)
+    decoded = torch.empty(3, cols)
+    native.dequantize_nf4(whole.tensors(), rows - 3, decoded)
+    assert_same_bits("decoded", decoded, dequantize_nf4(end, torch.float32))
+    x = torch.randn(1, cols)
+    assert_same_bits("out", nf4_linear(x, whole)[:, -3:], nf4_linear(x, end))
 
 
 def test_codebook_comes_from_the_weight(implementation):

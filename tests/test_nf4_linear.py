@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import sys
-
 import pytest
 import torch
 import torch.nn.functional as F
-from numerics import assert_close_to_truth
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from numerics import assert_close_to_truth, assert_same_bits
 
-from ladder_kernels import Workspace, dequantize_nf4, nf4_linear, quantize_nf4
-from ladder_kernels.launch import PANEL_ROW_MULTIPLE, panel_rows
+from ladder_kernels import NF4Weight, Workspace, dequantize_nf4, launch, native, nf4_linear, quantize_nf4
+from ladder_kernels.launch import FEW_TOKENS, PANEL_ROW_MULTIPLE, LinearPlan, linear_plan, panel_rows
+from ladder_kernels.reference import BLOCK_SIZES
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # (rows of x, K, N): aligned, ragged, tiny, decoding one token
@@ -25,9 +26,7 @@ def test_close_to_truth(implementation, shape, dtype, with_bias):
     weight = quantize_nf4(torch.randn(rows, cols, dtype=dtype))
     x = torch.randn(tokens, cols, dtype=dtype)
     bias = torch.randn(rows, dtype=dtype) if with_bias else None
-    matrix = dequantize_nf4(weight, dtype)
-    truth = F.linear(x.double(), matrix.double(), None if bias is None else bias.double())
-    assert_close_to_truth("out", nf4_linear(x, weight, bias), truth, F.linear(x, matrix, bias))
+    assert_equals_dense(x, weight, bias)
 
 
 @pytest.mark.parametrize("tokens", [*range(1, 8), 31, 32, 33, 65])
@@ -37,10 +36,86 @@ def test_panels_do_not_change_the_product(implementation, tokens, monkeypatch):
     matrix = dequantize_nf4(weight, torch.float32)
     truth, plain = F.linear(x.double(), matrix.double(), bias.double()), F.linear(x, matrix, bias)
     for size in (1, 7, 64, 333):
-        # The package's attribute of this name is the function, not the module.
-        module = sys.modules["ladder_kernels.nf4_linear"]
-        monkeypatch.setattr(module, "panel_rows", lambda *_, size=size: size)
+        monkeypatch.setattr(launch, "panel_rows", lambda *_, size=size: size)
         assert_close_to_truth(f"panels of {size}", nf4_linear(x, weight, bias), truth, plain)
+
+
+def assert_equals_dense(x: torch.Tensor, weight: NF4Weight, bias: torch.Tensor | None) -> None:
+    matrix = dequantize_nf4(weight, x.dtype)
+    truth = F.linear(x.double(), matrix.double(), None if bias is None else bias.double())
+    assert_close_to_truth("out", nf4_linear(x, weight, bias), truth, F.linear(x, matrix, bias))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [*range(1, 18), 33])
+def test_few_tokens_and_the_first_many(implementation, tokens, dtype):
+    """Every number of tokens that the kernel divides among its tiles in another way, and both sides of the switch."""
+    weight = quantize_nf4(torch.randn(37, 192, dtype=dtype))
+    assert_equals_dense(torch.randn(tokens, 192, dtype=dtype), weight, torch.randn(37, dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@given(
+    tokens=st.integers(1, FEW_TOKENS),
+    groups=st.integers(1, 9),
+    rows=st.integers(1, 70),
+    block_size=st.sampled_from(BLOCK_SIZES),
+    double_quant=st.booleans(),
+    with_bias=st.booleans(),
+    scale=st.sampled_from([1.0, 1e-3, 50.0]),
+)
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True)
+def test_few_tokens_of_any_shape(
+    implementation, dtype, tokens, groups, rows, block_size, double_quant, with_bias, scale
+):
+    weight = quantize_nf4(torch.randn(rows, 64 * groups, dtype=dtype) * scale, block_size, double_quant)
+    bias = torch.randn(rows, dtype=dtype) if with_bias else None
+    assert_equals_dense(torch.randn(tokens, 64 * groups, dtype=dtype), weight, bias)
+
+
+def test_more_groups_than_scales_decoded_ahead(implementation):
+    weight = quantize_nf4(torch.randn(5, 64 * 300))
+    assert_equals_dense(torch.randn(3, 64 * 300), weight, None)
+
+
+def test_each_code_reaches_its_column(implementation):
+    """One-hot tokens read single weights, so a wrong place in the order of x shows as a wrong number, exactly."""
+    weight = quantize_nf4(torch.randn(3, 128))
+    matrix = dequantize_nf4(weight, torch.float32)
+    for column in range(128):
+        x = torch.zeros(2, 128)
+        x[1, column] = 1.0
+        out = nf4_linear(x, weight)
+        assert_same_bits(f"column {column}", out[1], matrix[:, column])
+        assert bool((out[0] == 0).all())
+
+
+@pytest.mark.parametrize("tokens", [1, 5, 16])
+def test_few_tokens_write_out_and_nothing_beside_it(native_isa, tokens):
+    rows, cols, guard = 19, 128, 64
+    weight, x = quantize_nf4(torch.randn(rows, cols)), torch.randn(tokens, cols)
+    size = linear_plan(tokens, rows, cols, 64, 4, True).scratch_bytes
+    scratch = torch.full((size + 2 * guard,), 77, dtype=torch.uint8)
+    buffer = torch.full((tokens * rows + 2 * guard,), 123.0)
+    out = buffer[guard:-guard].view(tokens, rows)
+    native.nf4_linear(x, None, weight.tensors(), scratch[guard:-guard], out)
+    assert_same_bits("out", out, nf4_linear(x, weight))
+    for edge in (buffer[:guard] == 123.0, buffer[-guard:] == 123.0, scratch[:guard] == 77, scratch[-guard:] == 77):
+        assert bool(edge.all())
+
+
+def test_strided_x_and_bias(implementation):
+    weight, bias = quantize_nf4(torch.randn(9, 64)), torch.randn(18)[::2]
+    for x in (torch.randn(64, 4).T, torch.randn(4, 128)[:, ::2], torch.randn(1, 64).expand(3, 64)):
+        assert_same_bits("out", nf4_linear(x, weight, bias), nf4_linear(x.contiguous(), weight, bias.contiguous()))
+
+
+def test_linear_plan():
+    assert linear_plan(1, 300, 128, 64, 4, is_native=True) == LinearPlan(0, 16 * 128 * 4)
+    assert linear_plan(16, 300, 128, 4096, 2, is_native=True) == LinearPlan(0, 16 * 128 * 4)
+    for tokens, cols, block_size, is_native in ((17, 128, 64, True), (1, 96, 64, True), (1, 128, 32, True),
+                                                (1, 128, 64, False), (0, 128, 64, True)):  # fmt: skip
+        assert linear_plan(tokens, 300, cols, block_size, 2, is_native) == LinearPlan(300, 300 * cols * 2)
 
 
 def test_leading_dimensions():
@@ -56,12 +131,13 @@ def test_leading_dimensions():
 
 def test_workspace_is_filled_once_and_bounds_the_panel():
     weight, workspace = quantize_nf4(torch.randn(130, 64)), Workspace()
-    nf4_linear(torch.randn(3, 64), weight, workspace=workspace)
+    nf4_linear(torch.randn(20, 64), weight, workspace=workspace)
     held = workspace.nbytes
-    pointer = workspace.take("nf4_panel", (1,), torch.float32).data_ptr()
-    nf4_linear(torch.randn(3, 64), weight, workspace=workspace)
-    assert workspace.nbytes == held == 130 * 64 * 4
-    assert workspace.take("nf4_panel", (1,), torch.float32).data_ptr() == pointer
+    pointer = workspace.take("nf4_linear", (1,), torch.float32).data_ptr()
+    for tokens in (20, 1):
+        nf4_linear(torch.randn(tokens, 64), weight, workspace=workspace)
+        assert workspace.nbytes == held == 130 * 64 * 4
+        assert workspace.take("nf4_linear", (1,), torch.float32).data_ptr() == pointer
 
 
 @pytest.mark.parametrize("tokens", [1, 512])

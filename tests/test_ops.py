@@ -24,9 +24,7 @@ def opcheck(op, arguments) -> None:
 def test_dequantize_nf4(shape, dtype, double_quant):
     _, cols, rows = shape
     weight = quantize_nf4(torch.randn(rows, cols), double_quant=double_quant)
-    opcheck(
-        torch.ops.ladder.dequantize_nf4.default, (*weight.op_arguments(), 64, 0, torch.zeros(rows, cols, dtype=dtype))
-    )
+    opcheck(torch.ops.ladder.dequantize_nf4.default, (0, torch.zeros(rows, cols, dtype=dtype), *weight.tensors()))
 
 
 @pytest.mark.parametrize("with_bias", [False, True], ids=["no_bias", "bias"])
@@ -36,8 +34,8 @@ def test_nf4_linear(shape, dtype, with_bias):
     tokens, cols, rows = shape
     weight = quantize_nf4(torch.randn(rows, cols))
     bias = torch.randn(rows, dtype=dtype) if with_bias else None
-    x, panel = torch.randn(tokens, cols, dtype=dtype), torch.zeros(max(1, rows // 2), cols, dtype=dtype)
-    opcheck(torch.ops.ladder.nf4_linear.default, (x, *weight.op_arguments(), bias, 64, rows, panel))
+    x, scratch = torch.randn(tokens, cols, dtype=dtype), torch.zeros(8192, dtype=torch.uint8)
+    opcheck(torch.ops.ladder.nf4_linear.default, (x, bias, rows, scratch, *weight.tensors()))
 
 
 @pytest.mark.parametrize("merge", ["first", "sum", "gate"])
@@ -180,26 +178,26 @@ def nf4_tensors(**spoiled: object) -> list[object]:
 @pytest.mark.parametrize("fake", [False, True], ids=["real", "fake"])
 def test_malformed_nf4_tensors_are_refused(spoiled, message, fake):
     *tensors, block_size = nf4_tensors(**spoiled)
-    x, panel, out = torch.zeros(2, 64), torch.zeros(9, 64), torch.zeros(9, 64)
+    x, scratch, out = torch.zeros(2, 64), torch.zeros(4096, dtype=torch.uint8), torch.zeros(9, 64)
     if fake:
         mode = FakeTensorMode()
-        x, panel, out, *tensors = [None if t is None else mode.from_tensor(t) for t in (x, panel, out, *tensors)]
+        x, scratch, out, *tensors = [None if t is None else mode.from_tensor(t) for t in (x, scratch, out, *tensors)]
     with pytest.raises((ValueError, TypeError), match=f"dequantize_nf4: .*{message}"):
-        torch.ops.ladder.dequantize_nf4(*tensors, block_size, 0, out)
+        torch.ops.ladder.dequantize_nf4(0, out, *tensors, block_size)
     with pytest.raises((ValueError, TypeError), match=f"nf4_linear: .*{message}"):
-        torch.ops.ladder.nf4_linear(x, *tensors, None, block_size, 9, panel)
+        torch.ops.ladder.nf4_linear(x, None, 9, scratch, *tensors, block_size)
 
 
 @pytest.mark.parametrize(
-    ("panel", "message"),
+    ("scratch", "message"),
     [
-        (torch.zeros(64).expand(9, 64), "contiguous panel"),
-        (torch.zeros(64, 9).T, "contiguous panel"),
-        (torch.zeros(0, 64), "a panel of at least one row"),
-        (torch.zeros(9, 64, device="meta"), "panel on cpu, got meta"),
+        (torch.zeros(8192, dtype=torch.uint8)[::2], "contiguous scratch"),
+        (torch.zeros(64, 64, dtype=torch.uint8), r"scratch of shape \[bytes\]"),
+        (torch.zeros(4096), "scratch in uint8, got float32"),
+        (torch.zeros(100, dtype=torch.uint8), r"at least \d+ bytes of scratch, got 100"),
+        (torch.zeros(4096, dtype=torch.uint8, device="meta"), "scratch on cpu, got meta"),
     ],
 )
-def test_unusable_panel_is_refused(panel, message):
-    *tensors, block_size = nf4_tensors()
-    with pytest.raises(ValueError, match=message):
-        torch.ops.ladder.nf4_linear(torch.zeros(2, 64), *tensors, None, block_size, 9, panel)
+def test_unusable_scratch_is_refused(scratch, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        torch.ops.ladder.nf4_linear(torch.zeros(2, 64), None, 9, scratch, *nf4_tensors())

@@ -1,0 +1,27 @@
+// The instruction sets of this build and the choice among them.
+#pragma once
+
+#include "kernels.h"
+
+namespace ladder {
+
+struct Isa {
+    const char* name;
+    bool (*available)();  // whether this CPU and its operating system can run it
+    DequantizeFn* dequantize;
+    QuantizeFn* quantize;
+    ArrangeFn* arrange;
+    MultiplyFn* multiply;
+    CrossEntropyFn* cross_entropy;
+};
+
+// The set in use: the fastest available, unless another was selected.
+const Isa& current_isa();
+
+// The set of that name, or null if this build or this CPU does not have it.
+const Isa* find_isa(const char* name);
+
+// Use `isa` from now on, or the fastest available with null.
+void select_isa(const Isa* isa);
+
+}  // namespace ladder

@@ -1,0 +1,90 @@
+// The product with few tokens, with AVX2, FMA and F16C: 8 weights from two permutes and a blend.
+#include <immintrin.h>
+
+#include "multiply.h"
+
+namespace ladder {
+namespace {
+
+struct Unrounded {
+    static __m256 round(__m256 values) { return values; }
+};
+
+struct ThroughBFloat16 {
+    static __m256 round(__m256 values) {
+        const __m256i bits = _mm256_castps_si256(values);
+        const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+        const __m256i sum = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
+        const __m256 rounded = _mm256_castsi256_ps(_mm256_and_si256(sum, _mm256_set1_epi32(-0x10000)));
+        return _mm256_blendv_ps(rounded, values, _mm256_cmp_ps(values, values, _CMP_UNORD_Q));
+    }
+};
+
+struct ThroughFloat16 {
+    static __m256 round(__m256 values) {
+        return _mm256_cvtph_ps(_mm256_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    }
+};
+
+inline float sum_lanes(__m256 values) {
+    __m128 sum = _mm_add_ps(_mm256_castps256_ps128(values), _mm256_extractf128_ps(values, 1));
+    sum = _mm_add_ps(sum, _mm_movehl_ps(sum, sum));
+    return _mm_cvtss_f32(_mm_add_ss(sum, _mm_movehdup_ps(sum)));
+}
+
+template <typename Rounding>
+struct Avx2Kernel {
+    static constexpr int kTokens = 4;
+    static constexpr int rows(int) { return 1; }
+
+    template <int kRows, int kTile>
+    static void tile(const NF4View& view, const Product& product, int64_t row, int64_t token) {
+        static_assert(kRows == 1, "16 registers leave no room for a second row");
+        const int64_t groups = product.cols / kGroup;
+        const float* x = static_cast<const float*>(product.arranged) + token * product.cols;
+        const __m256 small_codes = _mm256_loadu_ps(view.codebook), large_codes = _mm256_loadu_ps(view.codebook + 8);
+        __m256 sums[kTile];
+        for (int t = 0; t < kTile; ++t) sums[t] = _mm256_setzero_ps();
+        float scales[kScaleRun];
+        for (int64_t group = 0; group < groups; ++group) {
+            const int64_t in_run = group % kScaleRun;
+            if (in_run == 0) {
+                const int64_t left = groups - group;
+                group_scales(view, row * groups + group, left < kScaleRun ? left : kScaleRun, scales);
+            }
+            const __m256 scale = _mm256_set1_ps(scales[in_run]);
+            const __m256 small = Rounding::round(_mm256_mul_ps(small_codes, scale));
+            const __m256 large = Rounding::round(_mm256_mul_ps(large_codes, scale));
+            const uint8_t* packed = view.packed + (row * groups + group) * (kGroup / 2);
+            const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed));
+            for (int i = 0; i < 8; ++i) {
+                // Nibbles 0, 4, 1, 5, 2, 6, 3, 7: the order of arrange_vector. A permute looks at three bits; the
+                // fourth, moved to the sign, picks between the two.
+                const __m256i index = _mm256_srlv_epi32(words, _mm256_set1_epi32(4 * (i / 2 + 4 * (i % 2))));
+                const __m256 pick = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
+                const __m256 weights = _mm256_blendv_ps(_mm256_permutevar8x32_ps(small, index),
+                                                        _mm256_permutevar8x32_ps(large, index), pick);
+                for (int t = 0; t < kTile; ++t) {
+                    const float* values = x + t * product.cols + group * kGroup + 8 * i;
+                    sums[t] = _mm256_fmadd_ps(weights, _mm256_loadu_ps(values), sums[t]);
+                }
+            }
+        }
+        for (int t = 0; t < kTile; ++t) finish(product, token + t, row, sum_lanes(sums[t]));
+    }
+};
+
+}  // namespace
+
+void multiply_avx2(const NF4View& view, const Product& product, int64_t first_row, int64_t end_row) {
+    switch (product.dtype) {
+        case kFloat32:
+            return multiply_rows<Avx2Kernel<Unrounded>>(view, product, first_row, end_row);
+        case kBFloat16:
+            return multiply_rows<Avx2Kernel<ThroughBFloat16>>(view, product, first_row, end_row);
+        default:
+            return multiply_rows<Avx2Kernel<ThroughFloat16>>(view, product, first_row, end_row);
+    }
+}
+
+}  // namespace ladder

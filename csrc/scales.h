@@ -1,0 +1,40 @@
+// Block scales of an NF4 matrix. All of it has internal linkage: were the linker to merge the copies of two files, code
+// for AVX-512 could end up in the scalar path.
+#pragma once
+
+#include "kernels.h"
+
+namespace ladder {
+namespace {
+
+constexpr int64_t kScaleBlock = 256;  // scales per block of double quantization
+
+inline float block_scale(const NF4View& view, int64_t block) {
+    if (view.absmax_map == nullptr) return static_cast<const float*>(view.absmax)[block];
+    const uint8_t code = static_cast<const uint8_t*>(view.absmax)[block];
+    const float product = view.absmax_map[code] * view.absmax_scale[block / kScaleBlock];
+    return product + *view.absmax_offset;
+}
+
+// Scales of `count` groups of 64 elements from group `first` on, where block_size is a multiple of 64.
+inline void group_scales(const NF4View& view, int64_t first, int64_t count, float* scales) {
+    const int64_t groups_per_block = view.block_size / 64;
+    if (view.absmax_map == nullptr || groups_per_block > 1) {
+        for (int64_t i = 0; i < count; ++i) scales[i] = block_scale(view, (first + i) / groups_per_block);
+        return;
+    }
+    const uint8_t* codes = static_cast<const uint8_t*>(view.absmax) + first;
+    const float offset = *view.absmax_offset;
+    for (int64_t i = 0; i < count;) {
+        const int64_t run_end = (first + i) / kScaleBlock * kScaleBlock + kScaleBlock - first;
+        const int64_t stop = run_end < count ? run_end : count;
+        const float scale = view.absmax_scale[(first + i) / kScaleBlock];
+        for (; i < stop; ++i) {
+            const float product = view.absmax_map[codes[i]] * scale;
+            scales[i] = product + offset;
+        }
+    }
+}
+
+}  // namespace
+}  // namespace ladder
