@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.kernels_path import kernels_path
 from benchmarks.registry import DTYPE_NAMES, TOY, Benchmark, Case, Context, Implementation, Runnable
 from benchmarks.shapes import model_shape
 from ladder_kernels import linear_cross_entropy
@@ -29,7 +30,7 @@ def _ours(case: Case, context: Context) -> Runnable:
         linear_cross_entropy(hidden, head, targets).backward()
         hidden.grad = None
 
-    return Runnable(call, kernels="torch")
+    return Runnable(call, kernels=kernels_path(context.device))
 
 
 def _full_logits(case: Case, context: Context) -> Runnable:

@@ -12,10 +12,22 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 LORA_RANK = 16
 _PAGE_BYTES = 4096
 _LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+
+def load_nf4_model(folder: Path, device: torch.device, dtype: torch.dtype) -> PreTrainedModel:
+    """The NF4 checkpoint in `folder` as transformers and bitsandbytes run it, multiplying in `dtype`."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(folder)
+    config.quantization_config["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
+    return AutoModelForCausalLM.from_pretrained(
+        folder, config=config, dtype=torch.bfloat16, device_map={"": str(device)}
+    )
 
 
 def load_qlora_model(folder: Path, device: torch.device, dtype: torch.dtype, checkpointing: bool) -> nn.Module:
@@ -28,13 +40,8 @@ def load_qlora_model(folder: Path, device: torch.device, dtype: torch.dtype, che
         checkpointing: recompute activations in backward, peft's default, instead of keeping them.
     """
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
-    from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(folder)
-    config.quantization_config["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, config=config, dtype=torch.bfloat16, device_map={"": str(device)}
-    )
+    model = load_nf4_model(folder, device, dtype)
     model = prepare_model_for_kbit_training(
         model,
         use_gradient_checkpointing=checkpointing,

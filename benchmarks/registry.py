@@ -14,7 +14,7 @@ from typing import Literal
 
 import torch
 
-ENTRY_MODULES = ("benchmarks.nf4", "benchmarks.linear_cross_entropy", "benchmarks.train_step")
+ENTRY_MODULES = ("benchmarks.nf4", "benchmarks.linear_cross_entropy", "benchmarks.train_step", "benchmarks.generate")
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 TOY = "toy"
 

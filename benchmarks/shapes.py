@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedConfig, Qwen2Config
 
+from benchmarks.registry import Case, Context
 from ladder_kernels import NF4Weight, quantize_nf4
 
 
@@ -168,3 +169,10 @@ def write_random_checkpoint(shape: ModelShape, folder: Path, seed: int = 0) -> N
         "bnb_4bit_quant_storage": "uint8",
     }
     (folder / "config.json").write_text(json.dumps(config))
+
+
+def prepare_checkpoint(case: Case, context: Context) -> None:
+    """`Benchmark.prepare` of entries that load models: the checkpoint of the case, in a folder of its name."""
+    folder = context.folder / case.name
+    if not folder.exists():
+        write_random_checkpoint(model_shape(case.model, case.sizes["vocab"]), folder)

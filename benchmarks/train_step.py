@@ -17,16 +17,10 @@ from torch import Tensor, nn
 from benchmarks.kernels_path import kernels_path
 from benchmarks.qlora import bitsandbytes_path, load_qlora_model, qlora_loss
 from benchmarks.registry import DTYPE_NAMES, TOY, Benchmark, Case, Context, Implementation, Runnable
-from benchmarks.shapes import model_shape, write_random_checkpoint
+from benchmarks.shapes import model_shape, prepare_checkpoint
 
 REDUCTION_FACTOR = 16
 LEARNING_RATE = 1e-4
-
-
-def _prepare(case: Case, context: Context) -> None:
-    folder = context.folder / case.name
-    if not folder.exists():
-        write_random_checkpoint(model_shape(case.model, case.sizes["vocab"]), folder)
 
 
 def _batch(case: Case, context: Context) -> tuple[Tensor, Tensor]:
@@ -116,6 +110,6 @@ BENCHMARKS = (
         ),
         isolated=True,
         seconds=60.0,
-        prepare=_prepare,
+        prepare=prepare_checkpoint,
     ),
 )
