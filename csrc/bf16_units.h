@@ -1,41 +1,24 @@
-// The instructions of AVX512-BF16 and AMX-BF16 that the kernels use, or, with LADDER_EMULATE_BF16_UNITS, what they
-// compute, written with AVX-512: so that their paths can be tested on machines without the units. Internal linkage.
+// What the paths of AVX512-BF16 and AMX share. With LADDER_EMULATE_BF16_UNITS the instructions of the units are computed
+// with AVX-512, so that their paths can be tested on machines without them. Internal linkage (see scales.h).
 #pragma once
 
 #include <immintrin.h>
 
 #include <cstdint>
-#include <cstring>
 
 #include "floats.h"
 
 namespace ladder {
 namespace {
 
-constexpr int kTileRows = 16;       // rows of a tile register, of 64 bytes each
-constexpr int kTileRowBytes = 64;
-
 #ifndef LADDER_EMULATE_BF16_UNITS
 
-#ifdef __AVX512BF16__
 // sums[i] + a[2i] * b[2i] + a[2i + 1] * b[2i + 1]; subnormal inputs count as zero.
 inline __m512 dot_bf16_pairs(__m512 sums, __m512i a, __m512i b) {
     return _mm512_dpbf16_ps(sums, (__m512bh)a, (__m512bh)b);
 }
 
 inline __m256i to_bf16(__m512 values) { return (__m256i)_mm512_cvtneps_pbh(values); }
-#endif
-
-#ifdef __AMX_BF16__
-// Tile registers are named by literals only.
-#define LADDER_TILE_CONFIGURE(config) _tile_loadconfig(config)
-#define LADDER_TILE_CONFIGURATION(config) _tile_storeconfig(config)
-#define LADDER_TILE_ZERO(tile) _tile_zero(tile)
-#define LADDER_TILE_LOAD(tile, base) _tile_loadd(tile, base, 64)
-#define LADDER_TILE_STORE(tile, base) _tile_stored(tile, base, 64)
-// c[m][n] += sum over pairs p of a[m][2p] * b[p][2n] + a[m][2p + 1] * b[p][2n + 1]
-#define LADDER_TILE_DOT(c, a, b) _tile_dpbf16ps(c, a, b)
-#endif
 
 #else
 
@@ -55,29 +38,6 @@ inline __m256i to_bf16(__m512 values) {
     for (int i = 0; i < 16; ++i) narrow[i] = float_to_bf16(wide[i]);
     return _mm256_load_si256(reinterpret_cast<const __m256i*>(narrow));
 }
-
-thread_local uint8_t emulated_tiles[8][kTileRows * kTileRowBytes];
-
-inline void emulate_tile_dot(int c, int a, int b) {
-    float sums[kTileRows][16];
-    uint16_t left[kTileRows][32], right[kTileRows][32];
-    std::memcpy(sums, emulated_tiles[c], sizeof sums);
-    std::memcpy(left, emulated_tiles[a], sizeof left);
-    std::memcpy(right, emulated_tiles[b], sizeof right);
-    for (int m = 0; m < kTileRows; ++m)
-        for (int p = 0; p < 16; ++p)
-            for (int n = 0; n < 16; ++n)
-                sums[m][n] += bf16_to_float(left[m][2 * p]) * bf16_to_float(right[p][2 * n]) +
-                              bf16_to_float(left[m][2 * p + 1]) * bf16_to_float(right[p][2 * n + 1]);
-    std::memcpy(emulated_tiles[c], sums, sizeof sums);
-}
-
-#define LADDER_TILE_CONFIGURE(config) static_cast<void>(config)
-#define LADDER_TILE_CONFIGURATION(config) static_cast<void>(config)
-#define LADDER_TILE_ZERO(tile) std::memset(emulated_tiles[tile], 0, sizeof emulated_tiles[tile])
-#define LADDER_TILE_LOAD(tile, base) std::memcpy(emulated_tiles[tile], base, sizeof emulated_tiles[tile])
-#define LADDER_TILE_STORE(tile, base) std::memcpy(base, emulated_tiles[tile], sizeof emulated_tiles[tile])
-#define LADDER_TILE_DOT(c, a, b) emulate_tile_dot(c, a, b)
 
 #endif
 

@@ -6,6 +6,7 @@
 
 #include "bf16_units.h"
 #include "multiply.h"
+#include "tiles.h"
 
 namespace ladder {
 namespace {

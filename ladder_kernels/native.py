@@ -243,7 +243,9 @@ def _load() -> _Loaded:
         reason = f"the native library {path} has ABI version {version}, expected {ABI_VERSION}: reinstall the package"
         return _Loaded(None, None, reason)
     for name, (argtypes, restype) in _SIGNATURES.items():
-        function = getattr(library, name)
+        function = getattr(library, name, None)
+        if function is None:
+            return _Loaded(None, None, f"the native library {path} lacks {name}: reinstall the package")
         function.argtypes, function.restype = argtypes, restype
     isa = os.environ.get("LADDER_CPU_ISA", "")
     if library.ladder_select_isa(isa.encode()) != 0:

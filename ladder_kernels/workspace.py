@@ -34,7 +34,9 @@ class Workspace:
             # Drop the old buffer first, so that both are never alive together.
             self._buffers.pop(key, None)
             del buffer
-            buffer = self._buffers[key] = torch.empty(needed, dtype=torch.uint8, device=device)
+            # A tensor made in inference mode could not be written to outside of it.
+            with torch.inference_mode(False):
+                buffer = self._buffers[key] = torch.empty(needed, dtype=torch.uint8, device=device)
         return buffer[:needed].view(dtype).view(shape)
 
     @property

@@ -103,6 +103,13 @@ def test_other_abi_version_is_refused(fresh):
     assert status.implementation == "reference" and "expected 999: reinstall" in status.reason
 
 
+def test_library_without_a_function_is_refused(fresh):
+    require_native()
+    native._load.cache_clear()
+    fresh.setitem(native._SIGNATURES, "ladder_no_such", ([], None))
+    assert "lacks ladder_no_such: reinstall" in native.status().reason
+
+
 @pytest.mark.parametrize("isa", native.available_isas())
 def test_isa_override(fresh, isa):
     native._load.cache_clear()

@@ -44,12 +44,28 @@ def test_sanitized_and_emulated(tmp_path):
         pytest.skip("preloads the sanitizer's runtime")
     library = build(tmp_path, "-DLADDER_SANITIZE=ON", "-DLADDER_EMULATE_BF16_UNITS=ON")
     linked = subprocess.run(["ldd", str(library)], capture_output=True, text=True, check=True).stdout
-    runtime = next(line.split()[2] for line in linked.splitlines() if "asan" in line)
+    # The C++ runtime too, for the sanitizer looks for what it intercepts when it starts, before torch brings that along.
+    preloaded = [line.split()[2] for line in linked.splitlines() if "libasan" in line or "libstdc++" in line]
+    report = tmp_path / "report"
     env = environment(
-        library, LADDER_TEST_EMULATED="1", LD_PRELOAD=runtime, ASAN_OPTIONS="detect_leaks=0", OMP_NUM_THREADS="2"
+        library,
+        LADDER_TEST_EMULATED="1",
+        LD_PRELOAD=" ".join(preloaded),
+        ASAN_OPTIONS=f"detect_leaks=0:log_path={report}",
+        UBSAN_OPTIONS=f"print_stacktrace=1:log_path={report}",
     )
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", SELECTION, *KERNEL_TESTS]
     done = subprocess.run(command, capture_output=True, text=True, env=env, cwd=ROOT)
+    reports = "".join(path.read_text() for path in tmp_path.glob("report*"))
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:] + reports[:5000]
+
+
+def test_clang_builds_it_too(tmp_path):
+    if shutil.which("clang++") is None:
+        pytest.skip("needs clang++")
+    library = build(tmp_path, "-DCMAKE_CXX_COMPILER=clang++")
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_nf4_linear.py"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment(library), cwd=ROOT)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
 
 

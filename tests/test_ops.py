@@ -135,6 +135,14 @@ def test_workspace_reuses_and_grows():
     assert workspace.nbytes == 0
 
 
+def test_workspace_filled_in_inference_mode_serves_training():
+    x, weight, side, head, targets, workspace = arguments()
+    with torch.inference_mode():
+        nf4_linear(x, weight, workspace=workspace)
+        linear_cross_entropy(torch.randn(6, 4), head, targets, workspace=workspace)
+    run_all(x, weight, side, head, targets, workspace)
+
+
 def test_workspace_serves_fake_and_real_tensors_in_turn():
     x, weight, side, head, targets, workspace = arguments()
     expected = run_all(x, weight, side, head, targets, Workspace())
