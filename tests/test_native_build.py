@@ -44,7 +44,7 @@ def test_sanitized_and_emulated(tmp_path):
         pytest.skip("preloads the sanitizer's runtime")
     library = build(tmp_path, "-DLADDER_SANITIZE=ON", "-DLADDER_EMULATE_BF16_UNITS=ON")
     linked = subprocess.run(["ldd", str(library)], capture_output=True, text=True, check=True).stdout
-    # The C++ runtime too, for the sanitizer looks for what it intercepts when it starts, before torch brings that along.
+    # The C++ runtime too: the sanitizer looks for what it intercepts when it starts, before torch brings that along.
     preloaded = [line.split()[2] for line in linked.splitlines() if "libasan" in line or "libstdc++" in line]
     report = tmp_path / "report"
     env = environment(
