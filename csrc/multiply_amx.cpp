@@ -51,10 +51,10 @@ class TileScope {
 
 // Both steps of one group of `rows` rows; rows beyond stay as they are.
 void decode_group(const NF4View& view, int64_t row, int64_t rows, int64_t groups, int64_t group, const float* scales,
-                  uint16_t (*decoded)[kTileRows][32]) {
+                  int64_t scale_stride, uint16_t (*decoded)[kTileRows][32]) {
     const __m512 codebook = _mm512_loadu_ps(view.codebook);
     for (int64_t r = 0; r < rows; ++r) {
-        const __m512i table = bf16_table(codebook, scales[r * kScaleRun + group % kScaleRun]);
+        const __m512i table = bf16_table(codebook, scales[r * scale_stride]);
         const __m512i indices = bf16_indices(view.packed + ((row + r) * groups + group) * (kGroup / 2));
         _mm512_store_si512(decoded[0][r], _mm512_permutexvar_epi16(indices, table));
         _mm512_store_si512(decoded[1][r], _mm512_permutexvar_epi16(_mm512_srli_epi16(indices, 4), table));
@@ -74,13 +74,13 @@ void multiply_tile(const NF4View& view, const Product& product, int64_t row, int
     LADDER_TILE_ZERO(1);
     LADDER_TILE_ZERO(2);
     LADDER_TILE_ZERO(3);
+    int64_t run = 0;
     for (int64_t group = 0; group < groups; ++group) {
         if (group % kScaleRun == 0) {
-            const int64_t run = std::min(groups - group, kScaleRun);
-            for (int64_t r = 0; r < rows; ++r)
-                group_scales(view, (row + r) * groups + group, run, scales + r * kScaleRun);
+            run = std::min(groups - group, kScaleRun);
+            row_scales(view, row, rows, groups, group, run, scales);
         }
-        decode_group(view, row, rows, groups, group, scales, decoded);
+        decode_group(view, row, rows, groups, group, scales + group % kScaleRun, run, decoded);
         LADDER_TILE_LOAD(4, decoded[0]);
         LADDER_TILE_LOAD(5, decoded[1]);
         LADDER_TILE_LOAD(6, x + 2 * group * kTileBytes);

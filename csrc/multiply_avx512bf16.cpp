@@ -17,16 +17,17 @@ struct Avx512Bf16Kernel {
         __m512 sums[kRows][kTile];
         for (int r = 0; r < kRows; ++r)
             for (int t = 0; t < kTile; ++t) sums[r][t] = _mm512_setzero_ps();
-        float scales[kRows][kScaleRun];
+        float scales[kRows * kScaleRun];
+        int64_t run = 0;
         for (int64_t group = 0; group < groups; ++group) {
             const int64_t in_run = group % kScaleRun;
             if (in_run == 0) {
-                const int64_t left = groups - group, run = left < kScaleRun ? left : kScaleRun;
-                for (int r = 0; r < kRows; ++r) group_scales(view, (row + r) * groups + group, run, scales[r]);
+                run = groups - group < kScaleRun ? groups - group : kScaleRun;
+                row_scales(view, row, kRows, groups, group, run, scales);
             }
             __m512i tables[kRows], indices[kRows];
             for (int r = 0; r < kRows; ++r) {
-                tables[r] = bf16_table(codebook, scales[r][in_run]);
+                tables[r] = bf16_table(codebook, scales[r * run + in_run]);
                 indices[r] = bf16_indices(view.packed + ((row + r) * groups + group) * (kGroup / 2));
             }
             for (int step = 0; step < 2; ++step) {

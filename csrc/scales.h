@@ -23,17 +23,28 @@ inline void group_scales(const NF4View& view, int64_t first, int64_t count, floa
         for (int64_t i = 0; i < count; ++i) scales[i] = block_scale(view, (first + i) / groups_per_block);
         return;
     }
+    // Looked up one by one and then scaled as vectors. (A gather is no faster, and where a processor needs the fix for
+    // Downfall it is several times slower.)
     const uint8_t* codes = static_cast<const uint8_t*>(view.absmax) + first;
+    const float* map = view.absmax_map;
+    for (int64_t i = 0; i < count; ++i) scales[i] = map[codes[i]];
     const float offset = *view.absmax_offset;
     for (int64_t i = 0; i < count;) {
         const int64_t run_end = (first + i) / kScaleBlock * kScaleBlock + kScaleBlock - first;
         const int64_t stop = run_end < count ? run_end : count;
         const float scale = view.absmax_scale[(first + i) / kScaleBlock];
         for (; i < stop; ++i) {
-            const float product = view.absmax_map[codes[i]] * scale;
+            const float product = scales[i] * scale;
             scales[i] = product + offset;
         }
     }
+}
+
+// Scales of `rows` rows of `groups` groups each, `run` of them from `group` on, at scales[row * run + i].
+inline void row_scales(const NF4View& view, int64_t row, int64_t rows, int64_t groups, int64_t group, int64_t run,
+                       float* scales) {
+    if (run == groups) return group_scales(view, row * groups, rows * groups, scales);
+    for (int64_t r = 0; r < rows; ++r) group_scales(view, (row + r) * groups + group, run, scales + r * run);
 }
 
 }  // namespace

@@ -20,7 +20,10 @@ def runs_eagerly(*tensors: Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
         return False
-    return all(tensor is None or type(tensor) in _PLAIN for tensor in tensors)
+    for tensor in tensors:  # a generator expression would take as long as the rest
+        if tensor is not None and type(tensor) not in _PLAIN:
+            return False
+    return True
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
-# Tokens up to which the native kernel that reads each packed weight once beats decoding a panel and multiplying it.
-FEW_TOKENS = 16
+# Tokens up to which the native kernel that reads packed weights beats decoding a panel and multiplying it. Measured at
+# 4096 x 4096 on two AVX-512 cores without bf16 units, whose sets are given AVX-512's number.
+FEW_TOKENS = {"amx": 32, "avx512bf16": 32, "avx512": 32, "avx2": 16, "scalar": 2}
 # Below this a product is bound by reading the weight, not by arithmetic.
 CACHED_PANEL_TOKENS = 32
 # fp32, 512 tokens, two cores of an AVX-512 Xeon, 3584 x 3584: panels of 3.5, 7, 14 and 49 MiB cost 52, 26, 12 and 0 %
@@ -19,8 +20,7 @@ GROUP = 64
 TOKEN_MULTIPLE = 16
 
 
-@dataclass(frozen=True)
-class LinearPlan:
+class LinearPlan(NamedTuple):
     """How `nf4_linear` computes a product.
 
     Attributes:
@@ -32,9 +32,12 @@ class LinearPlan:
     scratch_bytes: int
 
 
-def linear_plan(tokens: int, rows: int, cols: int, block_size: int, itemsize: int, is_native: bool) -> LinearPlan:
-    """The plan for x [tokens, cols] with items of `itemsize` bytes times an NF4 weight [rows, cols]."""
-    if is_native and 0 < tokens <= FEW_TOKENS and cols > 0 and cols % GROUP == 0 and block_size % GROUP == 0:
+def linear_plan(tokens: int, rows: int, cols: int, block_size: int, itemsize: int, isa: str | None) -> LinearPlan:
+    """The plan for x [tokens, cols] with items of `itemsize` bytes times an NF4 weight [rows, cols].
+
+    isa: the instruction set of the native library; None where tensors are elsewhere or there is no library.
+    """
+    if isa is not None and 0 < tokens <= FEW_TOKENS[isa] and cols > 0 and cols % GROUP == 0 and block_size % GROUP == 0:
         return LinearPlan(0, 4 * cols * -(-tokens // TOKEN_MULTIPLE) * TOKEN_MULTIPLE)
     panel = panel_rows(tokens, rows, cols, itemsize)
     return LinearPlan(panel, panel * cols * itemsize)

@@ -125,6 +125,16 @@ def available() -> bool:
     return True
 
 
+def isa() -> str | None:
+    """The instruction set in use, or None without a library; the first call that finds none warns."""
+    return _current_isa() if available() else None
+
+
+@functools.cache
+def _current_isa() -> str:
+    return _library().ladder_isa().decode()
+
+
 def available_isas() -> tuple[str, ...]:
     """Instruction sets that this build and this CPU can run, fastest first; empty without a library."""
     library = _load().library
@@ -141,6 +151,7 @@ def select_isa(isa: str) -> None:
     if library is None or library.ladder_select_isa(isa.encode()) != 0:
         offered = ", ".join(available_isas()) or "none, for there is no native library"
         raise ValueError(f"expected one of the instruction sets available here ({offered}), got {isa!r}")
+    _current_isa.cache_clear()
 
 
 def dequantize_nf4(nf4: NF4Tensors, first_row: int, out: Tensor) -> None:
@@ -211,8 +222,16 @@ def quantize_nf4(weight: Tensor, thresholds: Tensor, block_size: int) -> tuple[T
 
 
 def _view(nf4: NF4Tensors) -> _NF4View:
-    *tensors, block_size = nf4
-    return _NF4View(*(None if tensor is None else tensor.data_ptr() for tensor in tensors), block_size)
+    packed, absmax, codebook, absmax_scale, absmax_map, absmax_offset, block_size = nf4
+    return _NF4View(
+        packed.data_ptr(),
+        absmax.data_ptr(),
+        codebook.data_ptr(),
+        None if absmax_scale is None else absmax_scale.data_ptr(),
+        None if absmax_map is None else absmax_map.data_ptr(),
+        None if absmax_offset is None else absmax_offset.data_ptr(),
+        block_size,
+    )
 
 
 def _library() -> ctypes.CDLL:

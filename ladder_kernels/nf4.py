@@ -12,6 +12,7 @@ Source: QLoRA, arXiv 2305.14314; the exact rounding is that of bitsandbytes 0.50
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -70,7 +71,7 @@ class NF4Weight:
     def __post_init__(self) -> None:
         size = (self.shape[0] * self.shape[1] + 1) // 2
         check_shape("NF4Weight", "packed", self.packed, (size,))
-        check_nf4("NF4Weight", self.tensors())
+        check_nf4("NF4Weight", self.tensors)
 
     @property
     def double_quant(self) -> bool:
@@ -85,8 +86,9 @@ class NF4Weight:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(tensor.nbytes for tensor in self.tensors() if isinstance(tensor, Tensor))
+        return sum(tensor.nbytes for tensor in self.tensors if isinstance(tensor, Tensor))
 
+    @functools.cached_property
     def tensors(self) -> NF4Tensors:
         """What kernels read of it."""
         return NF4Tensors(
@@ -235,7 +237,7 @@ def dequantize_nf4(nf4_weight: NF4Weight, dtype: torch.dtype, out: Tensor | None
     check_shape("dequantize_nf4", "out", out, nf4_weight.shape)
     check_dtype("dequantize_nf4", "out", out.dtype, (dtype,))
     check_no_gradient("dequantize_nf4", "out", out, "pass a tensor that does not, or call it under torch.no_grad()")
-    nf4 = nf4_weight.tensors()
+    nf4 = nf4_weight.tensors
     if runs_eagerly(out, nf4.packed):
         check_dequantize(nf4, 0, out)
         dequantize_rows(nf4, 0, out)

@@ -24,20 +24,20 @@ from ladder_kernels.workspace import Workspace
 
 
 def _plan(x: Tensor, rows: int, nf4: NF4Tensors) -> LinearPlan:
-    tokens, cols = math.prod(x.shape[:-1]), x.shape[-1]
-    is_native = x.device.type == "cpu" and native.available()
-    return linear_plan(tokens, rows, cols, nf4.block_size, x.dtype.itemsize, is_native)
+    *leading, cols = x.shape
+    isa = native.isa() if x.device.type == "cpu" else None
+    return linear_plan(math.prod(leading), rows, cols, nf4.block_size, x.dtype.itemsize, isa)
 
 
 def _multiply(x: Tensor, bias: Tensor | None, rows: int, scratch: Tensor, nf4: NF4Tensors, plan: LinearPlan) -> Tensor:
-    flat = x.reshape(-1, x.shape[-1])
+    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     out = x.new_empty(flat.shape[0], rows)
     if plan.panel_rows == 0:
         native.nf4_linear(flat.contiguous(), None if bias is None else bias.contiguous(), nf4, scratch, out)
     else:
         panel = scratch[: plan.scratch_bytes].view(x.dtype).view(plan.panel_rows, x.shape[-1])
         _multiply_panels(flat, bias, panel, nf4, out)
-    return out.view(*x.shape[:-1], rows)
+    return out if x.dim() == 2 else out.view(*x.shape[:-1], rows)
 
 
 def _multiply_panels(flat: Tensor, bias: Tensor | None, panel: Tensor, nf4: NF4Tensors, out: Tensor) -> None:
@@ -100,12 +100,18 @@ def nf4_linear(
     rows, cols = nf4_weight.shape
     if x.dim() == 0 or x.shape[-1] != cols:
         raise ValueError(f"nf4_linear: expected x of shape [..., {cols}], got {list(x.shape)}")
-    nf4 = nf4_weight.tensors()
+    nf4 = nf4_weight.tensors
     plan = _plan(x, rows, nf4)
     workspace = Workspace() if workspace is None else workspace
     scratch = workspace.take("nf4_linear", (plan.scratch_bytes,), torch.uint8, x.device)
-    with torch.no_grad():
-        if not runs_eagerly(x, bias, scratch, nf4.packed):
-            return _nf4_linear(x, bias, rows, scratch, *nf4)
-        check_nf4_linear(x, bias, rows, scratch, nf4, plan.scratch_bytes)
-        return _multiply(x, bias, rows, scratch, nf4, plan)
+    if torch.is_grad_enabled():
+        with torch.no_grad():
+            return _run(x, bias, rows, scratch, nf4, plan)
+    return _run(x, bias, rows, scratch, nf4, plan)
+
+
+def _run(x: Tensor, bias: Tensor | None, rows: int, scratch: Tensor, nf4: NF4Tensors, plan: LinearPlan) -> Tensor:
+    if not runs_eagerly(x, bias, scratch, nf4.packed):
+        return _nf4_linear(x, bias, rows, scratch, *nf4)
+    check_nf4_linear(x, bias, rows, scratch, nf4, plan.scratch_bytes)
+    return _multiply(x, bias, rows, scratch, nf4, plan)

@@ -21,23 +21,31 @@ class Workspace:
 
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.device], Tensor] = {}
+        # What was handed out last under a name: making a view costs as much as a small product.
+        self._views: dict[tuple[str, torch.device], tuple[tuple[int, ...], torch.dtype, Tensor]] = {}
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
         """A contiguous tensor of the given shape inside the buffer `name` of that device."""
         if is_in_torch_dispatch_mode() and type(torch.empty(0, device=device)) is not Tensor:
             # Fake tensors must not outlive the mode that makes them, nor meet real memory in it.
             return torch.empty(shape, dtype=dtype, device=device)
-        key = (name, torch.device(device))
+        key = (name, device if isinstance(device, torch.device) else torch.device(device))
+        last = self._views.get(key)
+        if last is not None and last[0] == shape and last[1] == dtype:
+            return last[2]
         needed = math.prod(shape) * dtype.itemsize
         buffer = self._buffers.get(key)
-        if buffer is None or buffer.numel() < needed:
-            # Drop the old buffer first, so that both are never alive together.
-            self._buffers.pop(key, None)
-            del buffer
-            # A tensor made in inference mode could not be written to outside of it.
-            with torch.inference_mode(False):
+        # A tensor made in inference mode could not be written to outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            if buffer is None or buffer.numel() < needed:
+                # Drop the old buffer first, so that both are never alive together.
+                self._buffers.pop(key, None)
+                self._views.pop(key, None)
+                del buffer, last
                 buffer = self._buffers[key] = torch.empty(needed, dtype=torch.uint8, device=device)
-        return buffer[:needed].view(dtype).view(shape)
+            view = buffer[:needed].view(dtype).view(shape)
+        self._views[key] = (shape, dtype, view)
+        return view
 
     @property
     def nbytes(self) -> int:
@@ -47,3 +55,4 @@ class Workspace:
     def clear(self) -> None:
         """Give the memory back; later takes allocate again."""
         self._buffers.clear()
+        self._views.clear()

@@ -207,7 +207,7 @@ def test_more_than_two_billion_weights():
     absmax[-end.absmax.numel() :] = end.absmax
     whole = NF4Weight(packed, absmax, end.codebook, (rows, cols), torch.float32)
     decoded = torch.empty(3, cols)
-    native.dequantize_nf4(whole.tensors(), rows - 3, decoded)
+    native.dequantize_nf4(whole.tensors, rows - 3, decoded)
     assert_same_bits("decoded", decoded, dequantize_nf4(end, torch.float32))
     x = torch.randn(1, cols)
     assert_same_bits("out", nf4_linear(x, whole)[:, -3:], nf4_linear(x, end))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from numerics import assert_close_to_truth, assert_same_bits
 
 from ladder_kernels import NF4Weight, Workspace, dequantize_nf4, launch, native, nf4_linear, quantize_nf4
-from ladder_kernels.launch import FEW_TOKENS, PANEL_ROW_MULTIPLE, LinearPlan, linear_plan, panel_rows
+from ladder_kernels.launch import PANEL_ROW_MULTIPLE, LinearPlan, linear_plan, panel_rows
 from ladder_kernels.reference import BLOCK_SIZES
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -47,7 +47,7 @@ def assert_equals_dense(x: torch.Tensor, weight: NF4Weight, bias: torch.Tensor |
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("tokens", [*range(1, 18), 33])
+@pytest.mark.parametrize("tokens", [*range(1, 18), 24, 31, 32, 33])
 def test_few_tokens_and_the_first_many(implementation, tokens, dtype):
     """Every number of tokens that the kernel divides among its tiles in another way, and both sides of the switch."""
     weight = quantize_nf4(torch.randn(37, 192, dtype=dtype))
@@ -56,7 +56,7 @@ def test_few_tokens_and_the_first_many(implementation, tokens, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @given(
-    tokens=st.integers(1, FEW_TOKENS),
+    tokens=st.integers(1, 34),
     groups=st.integers(1, 9),
     rows=st.integers(1, 70),
     block_size=st.sampled_from(BLOCK_SIZES),
@@ -90,16 +90,18 @@ def test_each_code_reaches_its_column(implementation):
         assert bool((out[0] == 0).all())
 
 
-@pytest.mark.parametrize("tokens", [1, 5, 16])
+@pytest.mark.parametrize("tokens", [1, 5, 16, 31])
 def test_few_tokens_write_out_and_nothing_beside_it(native_isa, tokens):
     rows, cols, guard = 19, 128, 64
     weight, x = quantize_nf4(torch.randn(rows, cols)), torch.randn(tokens, cols)
-    size = linear_plan(tokens, rows, cols, 64, 4, True).scratch_bytes
+    size = linear_plan(tokens, rows, cols, 64, 4, "avx512").scratch_bytes
     scratch = torch.full((size + 2 * guard,), 77, dtype=torch.uint8)
     buffer = torch.full((tokens * rows + 2 * guard,), 123.0)
     out = buffer[guard:-guard].view(tokens, rows)
-    native.nf4_linear(x, None, weight.tensors(), scratch[guard:-guard], out)
-    assert_same_bits("out", out, nf4_linear(x, weight))
+    expected = torch.empty(tokens, rows)
+    native.nf4_linear(x, None, weight.tensors, torch.empty(size, dtype=torch.uint8), expected)
+    native.nf4_linear(x, None, weight.tensors, scratch[guard:-guard], out)
+    assert_same_bits("out", out, expected)
     for edge in (buffer[:guard] == 123.0, buffer[-guard:] == 123.0, scratch[:guard] == 77, scratch[-guard:] == 77):
         assert bool(edge.all())
 
@@ -111,11 +113,17 @@ def test_strided_x_and_bias(implementation):
 
 
 def test_linear_plan():
-    assert linear_plan(1, 300, 128, 64, 4, is_native=True) == LinearPlan(0, 16 * 128 * 4)
-    assert linear_plan(16, 300, 128, 4096, 2, is_native=True) == LinearPlan(0, 16 * 128 * 4)
-    for tokens, cols, block_size, is_native in ((17, 128, 64, True), (1, 96, 64, True), (1, 128, 32, True),
-                                                (1, 128, 64, False), (0, 128, 64, True)):  # fmt: skip
-        assert linear_plan(tokens, 300, cols, block_size, 2, is_native) == LinearPlan(300, 300 * cols * 2)
+    assert linear_plan(1, 300, 128, 64, 4, isa="avx512") == LinearPlan(0, 16 * 128 * 4)
+    assert linear_plan(16, 300, 128, 4096, 2, isa="avx512") == LinearPlan(0, 16 * 128 * 4)
+    for tokens, cols, block_size, isa in (
+        (33, 128, 64, "avx512"),
+        (17, 128, 64, "avx2"),
+        (1, 96, 64, "avx512"),
+        (1, 128, 32, "avx512"),
+        (1, 128, 64, None),
+        (0, 128, 64, "avx512"),
+    ):
+        assert linear_plan(tokens, 300, cols, block_size, 2, isa) == LinearPlan(300, 300 * cols * 2)
 
 
 def test_leading_dimensions():
@@ -131,10 +139,10 @@ def test_leading_dimensions():
 
 def test_workspace_is_filled_once_and_bounds_the_panel():
     weight, workspace = quantize_nf4(torch.randn(130, 64)), Workspace()
-    nf4_linear(torch.randn(20, 64), weight, workspace=workspace)
+    nf4_linear(torch.randn(40, 64), weight, workspace=workspace)
     held = workspace.nbytes
     pointer = workspace.take("nf4_linear", (1,), torch.float32).data_ptr()
-    for tokens in (20, 1):
+    for tokens in (40, 1):
         nf4_linear(torch.randn(tokens, 64), weight, workspace=workspace)
         assert workspace.nbytes == held == 130 * 64 * 4
         assert workspace.take("nf4_linear", (1,), torch.float32).data_ptr() == pointer

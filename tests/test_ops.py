@@ -24,7 +24,7 @@ def opcheck(op, arguments) -> None:
 def test_dequantize_nf4(shape, dtype, double_quant):
     _, cols, rows = shape
     weight = quantize_nf4(torch.randn(rows, cols), double_quant=double_quant)
-    opcheck(torch.ops.ladder.dequantize_nf4.default, (0, torch.zeros(rows, cols, dtype=dtype), *weight.tensors()))
+    opcheck(torch.ops.ladder.dequantize_nf4.default, (0, torch.zeros(rows, cols, dtype=dtype), *weight.tensors))
 
 
 @pytest.mark.parametrize("with_bias", [False, True], ids=["no_bias", "bias"])
@@ -35,7 +35,7 @@ def test_nf4_linear(shape, dtype, with_bias):
     weight = quantize_nf4(torch.randn(rows, cols))
     bias = torch.randn(rows, dtype=dtype) if with_bias else None
     x, scratch = torch.randn(tokens, cols, dtype=dtype), torch.zeros(8192, dtype=torch.uint8)
-    opcheck(torch.ops.ladder.nf4_linear.default, (x, bias, rows, scratch, *weight.tensors()))
+    opcheck(torch.ops.ladder.nf4_linear.default, (x, bias, rows, scratch, *weight.tensors))
 
 
 @pytest.mark.parametrize("merge", ["first", "sum", "gate"])
