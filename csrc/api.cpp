@@ -14,7 +14,14 @@ namespace {
 constexpr int64_t kDequantizeGrain = 1 << 16;
 constexpr int64_t kQuantizeGrain = 1 << 14;
 constexpr int64_t kMultiplyGrain = 1 << 16;
+constexpr int64_t kElementwiseGrain = 1 << 14;
 constexpr int64_t kRowMultiple = 16;  // rows that a kernel may compute together
+
+// Rows of `width` elements that are worth a thread.
+int64_t row_grain(int64_t elements, int64_t width) {
+    const int64_t rows = elements / (width > 0 ? width : 1);
+    return rows > 0 ? rows : 1;
+}
 
 }  // namespace
 
@@ -37,7 +44,7 @@ LADDER_API int32_t ladder_select_isa(const char* name) {
 // Decode elements [first, first + count) of the flattened matrix to `out` of dtype 0 fp32, 1 bf16 or 2 fp16.
 LADDER_API void ladder_dequantize_nf4(const ladder::NF4View* view, int64_t first, int64_t count, int32_t dtype,
                                       void* out, int32_t threads) {
-    ladder::DequantizeFn* dequantize = ladder::current_isa().dequantize;
+    ladder::DequantizeFn* dequantize = ladder::current_isa().vector->dequantize;
     const int64_t item = dtype == ladder::kFloat32 ? 4 : 2;
     ladder::parallel_for(count, kDequantizeGrain, threads, [&](int64_t begin, int64_t end) {
         dequantize(*view, first + begin, end - begin, dtype, static_cast<char*>(out) + begin * item);
@@ -48,7 +55,7 @@ LADDER_API void ladder_dequantize_nf4(const ladder::NF4View* view, int64_t first
 // between neighbouring codes. block_size: a power of two up to 4096.
 LADDER_API void ladder_quantize_nf4(const void* weight, int32_t dtype, const float* thresholds, int64_t count,
                                     int64_t block_size, uint8_t* packed, float* absmax, int32_t threads) {
-    ladder::QuantizeFn* quantize = ladder::current_isa().quantize;
+    ladder::QuantizeFn* quantize = ladder::current_isa().vector->quantize;
     ladder::parallel_for(count, kQuantizeGrain, threads, [&](int64_t begin, int64_t end) {
         quantize(weight, dtype, thresholds, begin, end - begin, count, block_size, packed, absmax);
     });
@@ -58,15 +65,33 @@ LADDER_API void ladder_quantize_nf4(const void* weight, int32_t dtype, const flo
 LADDER_API void ladder_nf4_linear(const ladder::NF4View* view, const ladder::Product* product, int32_t threads) {
     const ladder::Isa& isa = ladder::current_isa();
     isa.arrange(*product);
-    const int64_t rows = kMultiplyGrain / (product->cols > 0 ? product->cols : 1);
+    const int64_t rows = row_grain(kMultiplyGrain, product->cols);
     const int64_t grain = (rows + kRowMultiple - 1) / kRowMultiple * kRowMultiple;
-    ladder::parallel_for(product->rows, grain > 0 ? grain : kRowMultiple, threads, [&](int64_t begin, int64_t end) {
+    ladder::parallel_for(product->rows, grain, threads, [&](int64_t begin, int64_t end) {
         isa.multiply(*view, *product, begin, end);
     });
 }
 
 LADDER_API void ladder_cross_entropy(const ladder::CrossEntropy* problem, int32_t threads) {
-    ladder::CrossEntropyFn* cross_entropy = ladder::current_isa().cross_entropy;
+    ladder::CrossEntropyFn* cross_entropy = ladder::current_isa().vector->cross_entropy;
     ladder::parallel_for(problem->rows, 1, threads,
                          [&](int64_t begin, int64_t end) { cross_entropy(*problem, begin, end); });
+}
+
+LADDER_API void ladder_rms_norm(const ladder::RmsNorm* call, int32_t threads) {
+    ladder::RmsNormFn* rms_norm = ladder::current_isa().vector->rms_norm;
+    ladder::parallel_for(call->rows, row_grain(kElementwiseGrain, call->width), threads,
+                         [&](int64_t begin, int64_t end) { rms_norm(*call, begin, end); });
+}
+
+LADDER_API void ladder_rotary(const ladder::Rotary* call, int32_t threads) {
+    ladder::RotaryFn* rotary = ladder::current_isa().vector->rotary;
+    ladder::parallel_for(call->tokens, row_grain(kElementwiseGrain, call->heads * call->head_dim), threads,
+                         [&](int64_t begin, int64_t end) { rotary(*call, begin, end); });
+}
+
+LADDER_API void ladder_swiglu(const ladder::SwiGlu* call, int32_t threads) {
+    ladder::SwiGluFn* swiglu = ladder::current_isa().vector->swiglu;
+    ladder::parallel_for(call->rows, row_grain(kElementwiseGrain, call->width), threads,
+                         [&](int64_t begin, int64_t end) { swiglu(*call, begin, end); });
 }

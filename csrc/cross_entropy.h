@@ -4,6 +4,7 @@
 
 #include <cmath>
 
+#include "exp.h"
 #include "floats.h"
 #include "kernels.h"
 
@@ -12,25 +13,6 @@ namespace {
 
 constexpr int64_t kSoftmaxBlock = 512;  // logits at a time, in the first-level cache
 constexpr int64_t kLanes = 16;
-
-// exp(x) for x <= 0 to about one unit in the last place, 0 below -87, NaN for NaN. x = n * log(2) + r, and exp(r) by the
-// polynomial of Cephes' expf.
-inline float exp_nonpositive(float x) {
-    constexpr float kRoundingShift = 12582912.0f;  // 1.5 * 2^23: adding it leaves the nearest integer in the last bits
-    const float bounded = x < -87.0f ? -87.0f : x;
-    const float shifted = bounded * 1.44269504088896341f + kRoundingShift;
-    const float n = shifted - kRoundingShift;
-    const float r = bounded - n * 0.693359375f + n * 2.12194440e-4f;
-    float y = 1.9875691500e-4f;
-    y = y * r + 1.3981999507e-3f;
-    y = y * r + 8.3334519073e-3f;
-    y = y * r + 4.1665795894e-2f;
-    y = y * r + 1.6666665459e-1f;
-    y = y * r + 5.0000001201e-1f;
-    y = y * r * r + r + 1.0f;
-    const uint32_t exponent = float_bits(shifted) - float_bits(kRoundingShift) + 127u;
-    return x < -87.0f ? 0.0f : y * bits_float(exponent << 23);
-}
 
 template <typename T, float (*ToFloat)(T)>
 float largest_logit(const T* logits, int64_t size) {
@@ -89,8 +71,6 @@ void cross_entropy_rows(const CrossEntropy& problem, int64_t first_row, int64_t 
         logits[target] = FromFloat(exp_nonpositive(target_logit) * share - 1.0f);
     }
 }
-
-inline float as_is(float value) { return value; }
 
 inline void cross_entropy_any(const CrossEntropy& problem, int64_t first_row, int64_t end_row) {
     switch (problem.dtype) {

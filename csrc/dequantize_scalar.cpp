@@ -19,14 +19,12 @@ struct ScalarDecode {
     }
 };
 
-float same(float value) { return value; }
-
 }  // namespace
 
 void dequantize_scalar(const NF4View& view, int64_t first, int64_t count, int32_t dtype, void* out) {
     switch (dtype) {
         case kFloat32:
-            return dequantize_blocks<ScalarDecode<float, same>>(view, first, count, static_cast<float*>(out));
+            return dequantize_blocks<ScalarDecode<float, as_is>>(view, first, count, static_cast<float*>(out));
         case kBFloat16:
             return dequantize_blocks<ScalarDecode<uint16_t, float_to_bf16>>(view, first, count,
                                                                             static_cast<uint16_t*>(out));

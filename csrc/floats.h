@@ -42,6 +42,8 @@ inline uint16_t float_to_fp16(float value) {
     return static_cast<uint16_t>(sign | ((rounded - 0x38000000u) >> 13));
 }
 
+inline float as_is(float value) { return value; }
+
 inline float bf16_to_float(uint16_t value) { return bits_float(static_cast<uint32_t>(value) << 16); }
 
 inline float fp16_to_float(uint16_t value) {

@@ -102,20 +102,27 @@ bool has_amx() {
 
 #endif
 
+#ifdef LADDER_X86
+const VectorKernels kAvx512 = {dequantize_avx512, quantize_avx512, cross_entropy_avx512,
+                               rms_norm_avx512,   rotary_avx512,   swiglu_avx512};
+const VectorKernels kAvx2 = {dequantize_avx2, quantize_avx2, cross_entropy_avx2, rms_norm_avx2, rotary_avx2, swiglu_avx2};
+#endif
+const VectorKernels kScalar = {dequantize_scalar, quantize_scalar, cross_entropy_scalar,
+                               rms_norm_scalar,   rotary_scalar,   swiglu_scalar};
+
 // Fastest first.
 const Isa kIsas[] = {
 #ifdef LADDER_HAS_AMX
-    {"amx", has_amx, dequantize_avx512, quantize_avx512, arrange_amx, multiply_amx, cross_entropy_avx512},
+    {"amx", has_amx, arrange_amx, multiply_amx, &kAvx512},
 #endif
 #ifdef LADDER_HAS_AVX512BF16
-    {"avx512bf16", has_avx512bf16, dequantize_avx512, quantize_avx512, arrange_avx512bf16, multiply_avx512bf16,
-     cross_entropy_avx512},
+    {"avx512bf16", has_avx512bf16, arrange_avx512bf16, multiply_avx512bf16, &kAvx512},
 #endif
 #ifdef LADDER_X86
-    {"avx512", has_avx512, dequantize_avx512, quantize_avx512, arrange_vector, multiply_avx512, cross_entropy_avx512},
-    {"avx2", has_avx2, dequantize_avx2, quantize_avx2, arrange_vector, multiply_avx2, cross_entropy_avx2},
+    {"avx512", has_avx512, arrange_vector, multiply_avx512, &kAvx512},
+    {"avx2", has_avx2, arrange_vector, multiply_avx2, &kAvx2},
 #endif
-    {"scalar", always, dequantize_scalar, quantize_scalar, arrange_scalar, multiply_scalar, cross_entropy_scalar},
+    {"scalar", always, arrange_scalar, multiply_scalar, &kScalar},
 };
 
 const Isa* fastest_isa() {

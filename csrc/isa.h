@@ -5,14 +5,22 @@
 
 namespace ladder {
 
+// Kernels that profit from vectors only; the wider ones have no better version of them.
+struct VectorKernels {
+    DequantizeFn* dequantize;
+    QuantizeFn* quantize;
+    CrossEntropyFn* cross_entropy;
+    RmsNormFn* rms_norm;
+    RotaryFn* rotary;
+    SwiGluFn* swiglu;
+};
+
 struct Isa {
     const char* name;
     bool (*available)();  // whether this CPU and its operating system can run it
-    DequantizeFn* dequantize;
-    QuantizeFn* quantize;
     ArrangeFn* arrange;
     MultiplyFn* multiply;
-    CrossEntropyFn* cross_entropy;
+    const VectorKernels* vector;
 };
 
 // The set in use: the fastest available, unless another was selected.

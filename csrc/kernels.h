@@ -47,6 +47,43 @@ struct CrossEntropy {
     int32_t writes_gradient;
 };
 
+// out = weight * (x / sqrt(mean(x^2) + epsilon)) per row, the quotient rounded to dtype before the product.
+struct RmsNorm {
+    const void* x;       // [rows, width], rows x_stride elements apart
+    const void* weight;  // [width]
+    void* out;           // [rows, width]
+    int64_t rows;
+    int64_t width;
+    int64_t x_stride;
+    float epsilon;
+    int32_t dtype;
+};
+
+// out = x * cos + (-x2, x1) * sin per head, x1 and x2 being its halves.
+struct Rotary {
+    const void* x;    // [tokens, heads, head_dim], tokens x_stride elements apart
+    const void* cos;  // [tokens, head_dim]
+    const void* sin;  // [tokens, head_dim]
+    void* out;        // [tokens, heads, head_dim]
+    int64_t tokens;
+    int64_t heads;
+    int64_t head_dim;
+    int64_t x_stride;
+    int32_t dtype;
+};
+
+// out = silu(gate) * up, silu rounded to dtype before the product. out may be gate.
+struct SwiGlu {
+    const void* gate;  // [rows, width], rows gate_stride elements apart
+    const void* up;    // [rows, width], rows up_stride elements apart
+    void* out;         // [rows, width]
+    int64_t rows;
+    int64_t width;
+    int64_t gate_stride;
+    int64_t up_stride;
+    int32_t dtype;
+};
+
 // Decode elements [first, first + count) to out[0 .. count): codebook value times scale in fp32, rounded once.
 using DequantizeFn = void(const NF4View& view, int64_t first, int64_t count, int32_t dtype, void* out);
 
@@ -64,10 +101,18 @@ using MultiplyFn = void(const NF4View& view, const Product& product, int64_t fir
 // Rows [first_row, end_row) of `problem`.
 using CrossEntropyFn = void(const CrossEntropy& problem, int64_t first_row, int64_t end_row);
 
+// Rows, or tokens, [begin, end) of the call.
+using RmsNormFn = void(const RmsNorm& call, int64_t begin, int64_t end);
+using RotaryFn = void(const Rotary& call, int64_t begin, int64_t end);
+using SwiGluFn = void(const SwiGlu& call, int64_t begin, int64_t end);
+
 DequantizeFn dequantize_scalar, dequantize_avx2, dequantize_avx512;
 QuantizeFn quantize_scalar, quantize_avx2, quantize_avx512;
 ArrangeFn arrange_scalar, arrange_vector, arrange_avx512bf16, arrange_amx;
 MultiplyFn multiply_scalar, multiply_avx2, multiply_avx512, multiply_avx512bf16, multiply_amx;
 CrossEntropyFn cross_entropy_scalar, cross_entropy_avx2, cross_entropy_avx512;
+RmsNormFn rms_norm_scalar, rms_norm_avx2, rms_norm_avx512;
+RotaryFn rotary_scalar, rotary_avx2, rotary_avx512;
+SwiGluFn swiglu_scalar, swiglu_avx2, swiglu_avx512;
 
 }  // namespace ladder

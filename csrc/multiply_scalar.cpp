@@ -4,7 +4,6 @@
 namespace ladder {
 namespace {
 
-float same(float value) { return value; }
 float through_bf16(float value) { return bf16_to_float(float_to_bf16(value)); }
 float through_fp16(float value) { return fp16_to_float(float_to_fp16(value)); }
 
@@ -63,7 +62,7 @@ void arrange_vector(const Product& product) {
 void multiply_scalar(const NF4View& view, const Product& product, int64_t first_row, int64_t end_row) {
     switch (product.dtype) {
         case kFloat32:
-            return multiply_rows<ScalarKernel<same>>(view, product, first_row, end_row);
+            return multiply_rows<ScalarKernel<as_is>>(view, product, first_row, end_row);
         case kBFloat16:
             return multiply_rows<ScalarKernel<through_bf16>>(view, product, first_row, end_row);
         default:

@@ -56,13 +56,11 @@ void quantize_blocks(const In* weight, const float* thresholds, int64_t first, i
     }
 }
 
-inline float identity(float value) { return value; }
-
 inline void quantize_any(const void* weight, int32_t dtype, const float* thresholds, int64_t first,
                                 int64_t count, int64_t total, int64_t block_size, uint8_t* packed, float* absmax) {
     switch (dtype) {
         case kFloat32:
-            return quantize_blocks<float, identity>(static_cast<const float*>(weight), thresholds, first, count, total,
+            return quantize_blocks<float, as_is>(static_cast<const float*>(weight), thresholds, first, count, total,
                                                     block_size, packed, absmax);
         case kBFloat16:
             return quantize_blocks<uint16_t, bf16_to_float>(static_cast<const uint16_t*>(weight), thresholds, first,

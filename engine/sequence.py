@@ -135,13 +135,6 @@ def _cached_attention(
     return out.transpose(1, 2).flatten(0, 1).flatten(1)
 
 
-def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the halves of each head: [T, H, d] by tables [T, d] (Llama's half-split convention)."""
-    first, second = x.chunk(2, dim=-1)
-    rotated = torch.cat((-second, first), dim=-1)
-    return x * cos[:, None, :] + rotated * sin[:, None, :]
-
-
 def rotary_table(
     positions: Tensor, inverse_frequencies: Tensor, dtype: torch.dtype, scale: float = 1.0
 ) -> tuple[Tensor, Tensor]:

@@ -22,8 +22,8 @@ from transformers import DynamicCache
 
 from engine.config import BackboneShape, LadderConfig, SideDims, side_dims
 from engine.connections import connections
-from engine.sequence import SequenceLayout, apply_rotary, attention, rotary_table
-from ladder_kernels import tap
+from engine.sequence import SequenceLayout, attention, rotary_table
+from ladder_kernels import rms_norm, rotary, swiglu, tap
 
 
 class Tap(nn.Module):
@@ -94,22 +94,22 @@ class SideLayer(nn.Module):
     def forward(
         self,
         state: Tensor,
-        rotary: tuple[Tensor, Tensor],
+        tables: tuple[Tensor, Tensor],
         layout: SequenceLayout,
         cache: DynamicCache | None,
         cache_layer: int,
     ) -> Tensor:
-        """state [T, S] -> [T, S]; rotary is (cos, sin) [T, head_dim], `cache_layer` this layer's index in the cache."""
+        """state [T, S] -> [T, S]; tables: (cos, sin) [T, head_dim]; cache_layer: this layer's index in the cache."""
         dims, dtype = self.dims, state.dtype
-        normed = F.rms_norm(state, (dims.side_dim,), self.attention_norm.to(dtype), self.eps)
+        normed = rms_norm(state, self.attention_norm.to(dtype), self.eps)
         heads = F.linear(normed, self.qkv.to(dtype)).unflatten(-1, (-1, dims.head_dim))
         query, key, value = heads.split((dims.num_heads, dims.num_kv_heads, dims.num_kv_heads), dim=1)
-        query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
+        query, key = rotary(query, *tables), rotary(key, *tables)
         mixed = attention(query, key, value, layout, cache=cache, layer=cache_layer)
         state = state + F.linear(mixed, self.attention_out.to(dtype))
-        normed = F.rms_norm(state, (dims.side_dim,), self.mlp_norm.to(dtype), self.eps)
+        normed = rms_norm(state, self.mlp_norm.to(dtype), self.eps)
         gate, up = F.linear(normed, self.gate_up.to(dtype)).chunk(2, dim=-1)
-        return state + F.linear(F.silu(gate) * up, self.mlp_out.to(dtype))
+        return state + F.linear(swiglu(gate, up), self.mlp_out.to(dtype))
 
 
 class SideNetwork(nn.Module):
@@ -197,20 +197,20 @@ class SideNetwork(nn.Module):
             h_L [T, D] and s [T, S].
         """
         state: Tensor | None = None
-        rotary: tuple[Tensor, Tensor] | None = None
+        tables: tuple[Tensor, Tensor] | None = None
         for index, hidden in hidden_stream:
             if index == 0 and self.embedding_tap is not None:
                 state = self.embedding_tap(hidden, None)
             if (side_layer := self._side_layer_of.get(index)) is not None:
                 state = self.taps[side_layer](hidden, state)
-                rotary = rotary or self._rotary(layout, state)
-                state = self.layers[side_layer](state, rotary, layout, cache, first_cache_layer + side_layer)
+                tables = tables or self._rotary(layout, state)
+                state = self.layers[side_layer](state, tables, layout, cache, first_cache_layer + side_layer)
             if index < self.num_layers:
                 # The loop variable would keep this state alive while the backbone computes the next one.
                 del hidden
-        assert state is not None and rotary is not None
+        assert state is not None and tables is not None
         for side_layer in range(len(self.taps), self.num_side_layers):
-            state = self.layers[side_layer](state, rotary, layout, cache, first_cache_layer + side_layer)
+            state = self.layers[side_layer](state, tables, layout, cache, first_cache_layer + side_layer)
         return hidden, state
 
     def combine(self, hidden: Tensor, state: Tensor) -> Tensor:
@@ -221,7 +221,7 @@ class SideNetwork(nn.Module):
         """
         dtype = state.dtype
         if self.final_norm is not None:
-            state = F.rms_norm(state, (self.dims.side_dim,), self.final_norm.to(dtype), self.eps)
+            state = rms_norm(state, self.final_norm.to(dtype), self.eps)
         widened = F.linear(state, self.side_up.to(dtype))
         if self.config.output == "residual":
             return hidden + widened

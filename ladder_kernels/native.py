@@ -37,6 +37,9 @@ _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     "ladder_quantize_nf4": ([_pointer, _int32, _pointer, _int64, _int64, _pointer, _pointer, _int32], None),
     "ladder_nf4_linear": ([_pointer, _pointer, _int32], None),
     "ladder_cross_entropy": ([_pointer, _int32], None),
+    "ladder_rms_norm": ([_pointer, _int32], None),
+    "ladder_rotary": ([_pointer, _int32], None),
+    "ladder_swiglu": ([_pointer, _int32], None),
 }
 
 
@@ -81,6 +84,52 @@ class _CrossEntropy(ctypes.Structure):
         ("ignored_target", _int64),
         ("dtype", _int32),
         ("writes_gradient", _int32),
+    ]
+
+
+class _RmsNorm(ctypes.Structure):
+    """`ladder::RmsNorm` of csrc/kernels.h."""
+
+    _fields_ = [
+        ("x", _pointer),
+        ("weight", _pointer),
+        ("out", _pointer),
+        ("rows", _int64),
+        ("width", _int64),
+        ("x_stride", _int64),
+        ("epsilon", ctypes.c_float),
+        ("dtype", _int32),
+    ]
+
+
+class _Rotary(ctypes.Structure):
+    """`ladder::Rotary` of csrc/kernels.h."""
+
+    _fields_ = [
+        ("x", _pointer),
+        ("cos", _pointer),
+        ("sin", _pointer),
+        ("out", _pointer),
+        ("tokens", _int64),
+        ("heads", _int64),
+        ("head_dim", _int64),
+        ("x_stride", _int64),
+        ("dtype", _int32),
+    ]
+
+
+class _SwiGlu(ctypes.Structure):
+    """`ladder::SwiGlu` of csrc/kernels.h."""
+
+    _fields_ = [
+        ("gate", _pointer),
+        ("up", _pointer),
+        ("out", _pointer),
+        ("rows", _int64),
+        ("width", _int64),
+        ("gate_stride", _int64),
+        ("up_stride", _int64),
+        ("dtype", _int32),
     ]
 
 
@@ -201,6 +250,41 @@ def cross_entropy(logits: Tensor, targets: Tensor, need_grad: bool) -> Tensor:
     )
     _library().ladder_cross_entropy(ctypes.byref(problem), torch.get_num_threads())
     return losses
+
+
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """`reference.rms_norm` of [R, D] with contiguous rows and weight."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    call = _RmsNorm(
+        x.data_ptr(), weight.data_ptr(), out.data_ptr(), *x.shape, x.stride(0), epsilon, _DTYPE_CODES[x.dtype]
+    )
+    _library().ladder_rms_norm(ctypes.byref(call), torch.get_num_threads())
+    return out
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """`reference.rotary` of [T, H, d] with contiguous tokens and tables."""
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    call = _Rotary(
+        x.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr(), *x.shape, x.stride(0), _DTYPE_CODES[x.dtype]
+    )
+    _library().ladder_rotary(ctypes.byref(call), torch.get_num_threads())
+    return out
+
+
+def swiglu(gate: Tensor, up: Tensor, out: Tensor) -> Tensor:
+    """`reference.swiglu` of [R, F] with contiguous rows, into contiguous `out`, which may be gate."""
+    call = _SwiGlu(
+        gate.data_ptr(),
+        up.data_ptr(),
+        out.data_ptr(),
+        *gate.shape,
+        gate.stride(0),
+        up.stride(0),
+        _DTYPE_CODES[gate.dtype],
+    )
+    _library().ladder_swiglu(ctypes.byref(call), torch.get_num_threads())
+    return out
 
 
 def quantize_nf4(weight: Tensor, thresholds: Tensor, block_size: int) -> tuple[Tensor, Tensor]:

@@ -112,6 +112,25 @@ def nf4_linear(x: Tensor, bias: Tensor | None, rows: int, nf4: NF4Tensors) -> Te
     return F.linear(x, weight, bias)
 
 
+def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    """weight * (x / sqrt(mean(x^2) + epsilon)), the quotient rounded to x.dtype before the product."""
+    if x.dtype.itemsize > 2:
+        return F.rms_norm(x, weight.shape, weight, epsilon)
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)).to(x.dtype)
+
+
+def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x * cos + (-x2, x1) * sin: x [T, H, d] of halves x1 and x2, tables [T, d]."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos[:, None, :] + torch.cat((-second, first), dim=-1) * sin[:, None, :]
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up."""
+    return F.silu(gate) * up
+
+
 def tap(h: Tensor, weight: Tensor, state: Tensor | None, gate: Tensor | None) -> Tensor:
     """z = h @ weight^T; without state z, without gate state + z, else gate * state + (1 - gate) * z. In h.dtype."""
     z = h @ weight.to(h.dtype).T

@@ -16,7 +16,15 @@ import torch
 
 from ladder_kernels import native
 
-KERNEL_TESTS = ("test_nf4", "test_nf4_linear", "test_tap", "test_linear_cross_entropy", "test_ops", "test_native")
+KERNEL_TESTS = (
+    "test_nf4",
+    "test_nf4_linear",
+    "test_tap",
+    "test_linear_cross_entropy",
+    "test_elementwise",
+    "test_ops",
+    "test_native",
+)
 
 
 @pytest.fixture(autouse=True)

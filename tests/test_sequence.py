@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import DynamicCache
 
-from engine.sequence import SequenceLayout, apply_rotary, attention, rotary_table
+from engine.sequence import SequenceLayout, attention, rotary_table
+from ladder_kernels import rotary
 
 
 def truth(query: Tensor, key: Tensor, value: Tensor, allowed: Tensor) -> Tensor:
@@ -102,7 +103,7 @@ def test_rotary_rotates_pairs_by_position_times_frequency() -> None:
     frequencies, positions = torch.tensor([1.0, 0.1]), torch.tensor([0, 3, 7])
     cos, sin = rotary_table(positions, frequencies, torch.float64, scale=0.5)
     x = torch.randn(3, 2, 4, dtype=torch.float64)
-    rotated = apply_rotary(x, cos, sin)
+    rotated = rotary(x, cos, sin)
     pairs, out = torch.complex(x[..., :2], x[..., 2:]), torch.complex(rotated[..., :2], rotated[..., 2:])
     angles = (positions[:, None].float() * frequencies).double()
     torch.testing.assert_close(

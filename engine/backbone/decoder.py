@@ -19,18 +19,8 @@ from torch import Tensor
 from transformers import AutoTokenizer, DynamicCache, PreTrainedConfig, PreTrainedTokenizerBase
 
 from engine.backbone.families import BackboneConfig, rotary_frequencies
-from engine.sequence import SequenceLayout, apply_rotary, attention, rotary_table
-from ladder_kernels import NF4Weight, Workspace, nf4_linear
-
-
-def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """weight * (x / sqrt(mean(x^2) + epsilon)), x [..., D], weight [D].
-
-    Computed in at least fp32 and rounded to x.dtype before the multiplication with the weight, as transformers does.
-    """
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
-    return weight * wide.to(x.dtype)
+from engine.sequence import SequenceLayout, attention, rotary_table
+from ladder_kernels import NF4Weight, Workspace, nf4_linear, rms_norm, rotary, swiglu
 
 
 @dataclass
@@ -165,12 +155,12 @@ class Backbone:
             cache: keys and values of earlier columns, extended in place at layers 0 .. L-1.
         """
         with torch.no_grad():
-            rotary = self.rotary(layout.positions)
+            tables = self.rotary(layout.positions)
             hidden = self.embed(input_ids)
         yield 0, hidden
         for index, block in enumerate(self.blocks):
             with torch.no_grad():
-                hidden = hidden + self._attention(block, index, hidden, rotary, layout, cache)
+                hidden = hidden + self._attention(block, index, hidden, tables, layout, cache)
                 hidden.add_(self._mlp(block, hidden))
             yield index + 1, hidden
 
@@ -179,7 +169,7 @@ class Backbone:
         block: Block,
         index: int,
         hidden: Tensor,
-        rotary: tuple[Tensor, Tensor],
+        tables: tuple[Tensor, Tensor],
         layout: SequenceLayout,
         cache: DynamicCache | None,
     ) -> Tensor:
@@ -191,14 +181,14 @@ class Backbone:
         if block.query_norm is not None and block.key_norm is not None:
             query = rms_norm(query, block.query_norm, config.rms_norm_eps)
             key = rms_norm(key, block.key_norm, config.rms_norm_eps)
-        query, key = apply_rotary(query, *rotary), apply_rotary(key, *rotary)
+        query, key = rotary(query, *tables), rotary(key, *tables)
         mixed = attention(query, key, value, layout, window=config.layer_windows[index], cache=cache, layer=index)
         return block.output(mixed, self._workspace)
 
     def _mlp(self, block: Block, hidden: Tensor) -> Tensor:
         x = rms_norm(hidden, block.mlp_norm, self.config.rms_norm_eps)
-        inner = F.silu(block.gate(x, self._workspace), inplace=True)
-        return block.down(inner.mul_(block.up(x, self._workspace)), self._workspace)
+        gate = block.gate(x, self._workspace)
+        return block.down(swiglu(gate, block.up(x, self._workspace), out=gate), self._workspace)
 
     def final_norm(self, y: Tensor) -> Tensor:
         """The frozen final RMSNorm of y [R, D]; differentiable in y."""
