@@ -15,7 +15,23 @@ namespace {
 
 constexpr int64_t kGroup = 64;
 constexpr int64_t kRowsInCache = 32;  // packed rows that stay in the second-level cache between groups of tokens
+constexpr int64_t kPrefetchBytes = 8192;
 constexpr int64_t kScaleRun = 256;    // groups whose scales are decoded ahead, on the stack
+
+// How far ahead of a tile its packed weights are asked for, in bytes: whole tiles, at least two pages. The rows of a tile are
+// read side by side and each is short, so that the processor does not see by itself that they follow each other.
+inline int64_t prefetch_distance(int64_t rows, int64_t groups) {
+    const int64_t tile = rows * groups * (kGroup / 2);
+    return (kPrefetchBytes + tile - 1) / tile * tile;
+}
+
+inline void prefetch(const uint8_t* packed) {
+#if defined(__GNUC__)
+    __builtin_prefetch(packed);
+#else
+    static_cast<void>(packed);
+#endif
+}
 
 inline float load_float(const void* values, int64_t index, int32_t dtype) {
     if (dtype == kFloat32) return static_cast<const float*>(values)[index];

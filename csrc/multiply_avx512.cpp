@@ -42,6 +42,7 @@ struct Avx512Kernel {
         for (int r = 0; r < kRows; ++r)
             for (int t = 0; t < kTile; ++t) sums[r][t] = _mm512_setzero_ps();
         float scales[kRows * kScaleRun];
+        const int64_t ahead = prefetch_distance(kRows, groups);
         int64_t run = 0;
         for (int64_t group = 0; group < groups; ++group) {
             const int64_t in_run = group % kScaleRun;
@@ -54,6 +55,7 @@ struct Avx512Kernel {
             for (int r = 0; r < kRows; ++r) {
                 const uint8_t* packed = view.packed + ((row + r) * groups + group) * (kGroup / 2);
                 const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed));
+                prefetch(packed + ahead);
                 tables[r] = Rounding::round(_mm512_mul_ps(codebook, _mm512_set1_ps(scales[r * run + in_run])));
                 // The words twice, the second copy four nibbles ahead.
                 indices[r] = _mm512_srlv_epi32(_mm512_broadcast_i64x4(words), upper_half);

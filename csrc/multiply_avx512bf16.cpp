@@ -18,6 +18,7 @@ struct Avx512Bf16Kernel {
         for (int r = 0; r < kRows; ++r)
             for (int t = 0; t < kTile; ++t) sums[r][t] = _mm512_setzero_ps();
         float scales[kRows * kScaleRun];
+        const int64_t ahead = prefetch_distance(kRows, groups);
         int64_t run = 0;
         for (int64_t group = 0; group < groups; ++group) {
             const int64_t in_run = group % kScaleRun;
@@ -27,8 +28,10 @@ struct Avx512Bf16Kernel {
             }
             __m512i tables[kRows], indices[kRows];
             for (int r = 0; r < kRows; ++r) {
+                const uint8_t* packed = view.packed + ((row + r) * groups + group) * (kGroup / 2);
+                prefetch(packed + ahead);
                 tables[r] = bf16_table(codebook, scales[r * run + in_run]);
-                indices[r] = bf16_indices(view.packed + ((row + r) * groups + group) * (kGroup / 2));
+                indices[r] = bf16_indices(packed);
             }
             for (int step = 0; step < 2; ++step) {
                 __m512i weights[kRows];

@@ -36,8 +36,9 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """
     check_shape("rms_norm", "weight", weight, x.shape[-1:])
     if _runs_native(x, weight) and x.numel() > 0:
-        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-        return native.rms_norm(rows, weight.contiguous(), epsilon).view(x.shape)
+        if x.dim() == 2:
+            return native.rms_norm(x, weight, epsilon)
+        return native.rms_norm(x.reshape(-1, x.shape[-1]), weight, epsilon).view(x.shape)
     return reference.rms_norm(x, weight, epsilon)
 
 
@@ -59,8 +60,8 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         raise ValueError(f"rotary: expected heads of even size, got {x.shape[2]}")
     for name, table in (("cos", cos), ("sin", sin)):
         check_shape("rotary", name, table, (x.shape[0], x.shape[2]))
-    if _runs_native(x, cos, sin) and x.stride(1) == x.shape[2]:
-        return native.rotary(x, cos.contiguous(), sin.contiguous())
+    if _runs_native(x, cos, sin) and x.stride(1) == x.shape[2] and cos.is_contiguous() and sin.is_contiguous():
+        return native.rotary(x, cos, sin)
     return reference.rotary(x, cos, sin)
 
 
@@ -90,10 +91,12 @@ def swiglu(gate: Tensor, up: Tensor, *, out: Tensor | None = None) -> Tensor:
 
 def _runs_native(x: Tensor, *others: Tensor) -> bool:
     """True if one native pass can compute this: plain CPU tensors of one dtype, rows in one piece, no gradient."""
-    if x.device.type != "cpu" or x.dtype not in COMPUTE_DTYPES or x.stride(-1) != 1:
+    dtype, needs_grad = x.dtype, torch.is_grad_enabled()
+    if not x.is_cpu or dtype not in COMPUTE_DTYPES or (needs_grad and x.requires_grad) or x.stride(-1) != 1:
         return False
-    needs_grad = torch.is_grad_enabled()
-    for tensor in (x, *others):
-        if tensor.dtype != x.dtype or tensor.device != x.device or (needs_grad and tensor.requires_grad):
+    for tensor in others:
+        if tensor.dtype != dtype or not tensor.is_cpu or (needs_grad and tensor.requires_grad):
             return False
-    return others[0].stride(-1) == 1 and runs_eagerly(x, *others) and native.available()
+        if tensor.stride(-1) != 1:
+            return False
+    return runs_eagerly(x, *others) and native.available()

@@ -25,7 +25,7 @@ from ladder_kernels.workspace import Workspace
 
 def _plan(x: Tensor, rows: int, nf4: NF4Tensors) -> LinearPlan:
     *leading, cols = x.shape
-    isa = native.isa() if x.device.type == "cpu" else None
+    isa = native.isa() if x.is_cpu else None
     return linear_plan(math.prod(leading), rows, cols, nf4.block_size, x.dtype.itemsize, isa)
 
 

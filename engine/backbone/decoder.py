@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, DynamicCache, PreTrainedConfig, PreTrain
 
 from engine.backbone.families import BackboneConfig, rotary_frequencies
 from engine.sequence import SequenceLayout, attention, rotary_table
-from ladder_kernels import NF4Weight, Workspace, nf4_linear, rms_norm, rotary, swiglu
+from ladder_kernels import NF4Weight, Workspace, nf4_linear, reference, rms_norm, rotary, swiglu
 
 
 @dataclass
@@ -191,8 +191,8 @@ class Backbone:
         return block.down(swiglu(gate, block.up(x, self._workspace), out=gate), self._workspace)
 
     def final_norm(self, y: Tensor) -> Tensor:
-        """The frozen final RMSNorm of y [R, D]; differentiable in y."""
-        return rms_norm(y, self.norm_weight, self.config.rms_norm_eps)
+        """The frozen final RMSNorm of y [R, D]; differentiable in y, with the same bits where no gradient is wanted."""
+        return reference.rms_norm(y, self.norm_weight, self.config.rms_norm_eps)
 
     def apply_(self, function: Callable[[Tensor], Tensor]) -> Backbone:
         """Replace every weight by function(weight), as `nn.Module._apply` does for parameters.
