@@ -103,28 +103,30 @@ def check_dequantize(nf4: NF4Tensors, first_row: int, out: Tensor) -> None:
         )
 
 
-def check_nf4_linear(
-    x: Tensor, bias: Tensor | None, rows: int, scratch: Tensor, nf4: NF4Tensors, scratch_bytes: int
-) -> None:
-    """Check x [..., K], bias [N] and at least `scratch_bytes` of uint8 scratch against a packed [N, K] matrix."""
-    op = "nf4_linear"
-    check_dtype(op, "x", x.dtype, COMPUTE_DTYPES)
+def check_nf4_linear(x: Tensor, bias: Tensor | None, rows: int, nf4: NF4Tensors) -> None:
+    """Check x [..., K] and bias [N] against a packed [N, K] matrix."""
+    op, dtype, device = "nf4_linear", x.dtype, x.device
+    check_dtype(op, "x", dtype, COMPUTE_DTYPES)
     check_device(op, "x", x, nf4.packed.device)
     if (rows * x.shape[-1] + 1) // 2 != nf4.packed.numel():
         raise ValueError(
             f"{op}: expected x [..., K] with {rows} * K weights in {nf4.packed.numel()} packed bytes, "
             f"got {list(x.shape)}"
         )
+    if bias is not None:
+        check_shape(op, "bias", bias, (rows,))
+        check_dtype(op, "bias", bias.dtype, (dtype,))
+        check_device(op, "bias", bias, device)
+
+
+def check_scratch(op: str, scratch: Tensor, size: int, device: torch.device) -> None:
+    """Check that scratch is at least `size` contiguous bytes of uint8 on the device."""
     check_shape(op, "scratch", scratch, ("bytes",))
     check_dtype(op, "scratch", scratch.dtype, (torch.uint8,))
     check_contiguous(op, "scratch", scratch)
-    check_device(op, "scratch", scratch, x.device)
-    if scratch.numel() < scratch_bytes:
-        raise ValueError(f"{op}: expected at least {scratch_bytes} bytes of scratch, got {scratch.numel()}")
-    if bias is not None:
-        check_shape(op, "bias", bias, (rows,))
-        check_dtype(op, "bias", bias.dtype, (x.dtype,))
-        check_device(op, "bias", bias, x.device)
+    check_device(op, "scratch", scratch, device)
+    if scratch.numel() < size:
+        raise ValueError(f"{op}: expected at least {size} bytes of scratch, got {scratch.numel()}")
 
 
 def check_tap(h: Tensor, weight: Tensor, state: Tensor | None, gate: Tensor | None) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ladder_kernels import native
-from ladder_kernels.checks import check_nf4, check_nf4_linear, check_no_gradient
+from ladder_kernels.checks import check_nf4, check_nf4_linear, check_no_gradient, check_scratch
 from ladder_kernels.dispatch import runs_eagerly
 from ladder_kernels.launch import LinearPlan, linear_plan
 from ladder_kernels.nf4 import NF4Weight, dequantize_rows
@@ -72,8 +72,9 @@ def _checked_plan(x: Tensor, bias: Tensor | None, rows: int, scratch: Tensor, nf
     check_nf4("nf4_linear", nf4)
     if x.dim() == 0:
         raise ValueError("nf4_linear: expected x of shape [..., K], got a 0-dim tensor")
+    check_nf4_linear(x, bias, rows, nf4)
     plan = _plan(x, rows, nf4)
-    check_nf4_linear(x, bias, rows, scratch, nf4, plan.scratch_bytes)
+    check_scratch("nf4_linear", scratch, plan.scratch_bytes, x.device)
     return plan
 
 
@@ -101,17 +102,17 @@ def nf4_linear(
     if x.dim() == 0 or x.shape[-1] != cols:
         raise ValueError(f"nf4_linear: expected x of shape [..., {cols}], got {list(x.shape)}")
     nf4 = nf4_weight.tensors
+    check_nf4_linear(x, bias, rows, nf4)
     plan = _plan(x, rows, nf4)
     workspace = Workspace() if workspace is None else workspace
     scratch = workspace.take("nf4_linear", (plan.scratch_bytes,), torch.uint8, x.device)
-    if torch.is_grad_enabled():
-        with torch.no_grad():
-            return _run(x, bias, rows, scratch, nf4, plan)
-    return _run(x, bias, rows, scratch, nf4, plan)
+    if not torch.is_grad_enabled():
+        return _run(x, bias, rows, scratch, nf4, plan)
+    with torch.no_grad():
+        return _run(x, bias, rows, scratch, nf4, plan)
 
 
 def _run(x: Tensor, bias: Tensor | None, rows: int, scratch: Tensor, nf4: NF4Tensors, plan: LinearPlan) -> Tensor:
     if not runs_eagerly(x, bias, scratch, nf4.packed):
         return _nf4_linear(x, bias, rows, scratch, *nf4)
-    check_nf4_linear(x, bias, rows, scratch, nf4, plan.scratch_bytes)
     return _multiply(x, bias, rows, scratch, nf4, plan)
