@@ -18,7 +18,7 @@ constexpr int64_t kRowsInCache = 32;  // packed rows that stay in the second-lev
 constexpr int64_t kPrefetchBytes = 8192;
 constexpr int64_t kScaleRun = 256;    // groups whose scales are decoded ahead, on the stack
 
-// How far ahead of a tile its packed weights are asked for, in bytes: whole tiles, at least two pages. The rows of a tile are
+// How far ahead of a tile its packed weights are asked for, in bytes: whole tiles, at least two pages. Its rows are
 // read side by side and each is short, so that the processor does not see by itself that they follow each other.
 inline int64_t prefetch_distance(int64_t rows, int64_t groups) {
     const int64_t tile = rows * groups * (kGroup / 2);

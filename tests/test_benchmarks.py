@@ -74,7 +74,7 @@ def test_a_worker_process_reports_and_times() -> None:
         benchmark, benchmark.toy, benchmark.implementations[0], Context(torch.device("cpu"), Path())
     )
     assert runner.time_call_ms() > 0
-    assert runner.prepared.kernels == "torch"
+    assert runner.prepared.kernels == kernels_path.kernels_path(torch.device("cpu"))
     assert runner.prepared.build_and_step_mib >= runner.prepared.step_mib >= 0
     runner.close()
     assert not multiprocessing.active_children()
