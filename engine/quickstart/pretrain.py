@@ -4,9 +4,9 @@
 
 Tokenizer: byte-level BPE of 4,096 entries, trained on the same text. Held-out modules (`corpus.is_heldout`) are seen by
 neither. The library proper is repeated more often than its tests, which are longer and duller. AdamW, warm-up and
-cosine, fp32, saved as bf16. 30.1 M tokens take about 90 minutes on two idle AVX-512 cores; `training.json` beside the
-weights records what a run reached: the shipped weights saw 17.3 M tokens in 112 minutes of a machine that others used
-too (`--max-minutes`). Why not wider: at this compute a 3.9 M model would see a third fewer tokens.
+cosine, fp32, saved as bf16. `training.json` beside the weights records what the run reached: the shipped ones saw
+30.1 M tokens in 115 minutes of two AVX-512 cores that other work shared; alone it takes about 90. Why not wider: at
+this compute a 3.9 M model would see a third fewer tokens.
 """
 
 from __future__ import annotations
