@@ -38,6 +38,9 @@ struct Elementwise {
         }
     }
 
+    // Rounded to the dtype, as torch rounds what a sum is made of.
+    static float product(float x, T factor) { return ToFloat(FromFloat(x * ToFloat(factor))); }
+
     static void rotary(const Rotary& call, int64_t first_token, int64_t end_token) {
         const int64_t half = call.head_dim / 2;
         for (int64_t token = first_token; token < end_token; ++token) {
@@ -48,8 +51,8 @@ struct Elementwise {
                 T* out = static_cast<T*>(call.out) + (token * call.heads + head) * call.head_dim;
                 for (int64_t i = 0; i < half; ++i) {
                     const float first = ToFloat(x[i]), second = ToFloat(x[i + half]);
-                    out[i] = FromFloat(first * ToFloat(cosines[i]) - second * ToFloat(sines[i]));
-                    out[i + half] = FromFloat(second * ToFloat(cosines[i + half]) + first * ToFloat(sines[i + half]));
+                    out[i] = FromFloat(product(first, cosines[i]) - product(second, sines[i]));
+                    out[i + half] = FromFloat(product(second, cosines[i + half]) + product(first, sines[i + half]));
                 }
             }
         }

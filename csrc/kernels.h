@@ -59,7 +59,7 @@ struct RmsNorm {
     int32_t dtype;
 };
 
-// out = x * cos + (-x2, x1) * sin per head, x1 and x2 being its halves.
+// out = x * cos + (-x2, x1) * sin per head, x1 and x2 being its halves, both products rounded to dtype before the sum.
 struct Rotary {
     const void* x;    // [tokens, heads, head_dim], tokens x_stride elements apart
     const void* cos;  // [tokens, head_dim]

@@ -25,11 +25,13 @@ inline int64_t prefetch_distance(int64_t rows, int64_t groups) {
     return (kPrefetchBytes + tile - 1) / tile * tile;
 }
 
-inline void prefetch(const uint8_t* packed) {
+// As numbers: a pointer that far may lie beyond the array, where a request is ignored.
+inline void prefetch(const uint8_t* packed, int64_t ahead) {
 #if defined(__GNUC__)
-    __builtin_prefetch(packed);
+    __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(packed) + static_cast<uintptr_t>(ahead)));
 #else
     static_cast<void>(packed);
+    static_cast<void>(ahead);
 #endif
 }
 

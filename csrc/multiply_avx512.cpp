@@ -55,7 +55,7 @@ struct Avx512Kernel {
             for (int r = 0; r < kRows; ++r) {
                 const uint8_t* packed = view.packed + ((row + r) * groups + group) * (kGroup / 2);
                 const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed));
-                prefetch(packed + ahead);
+                prefetch(packed, ahead);
                 tables[r] = Rounding::round(_mm512_mul_ps(codebook, _mm512_set1_ps(scales[r * run + in_run])));
                 // The words twice, the second copy four nibbles ahead.
                 indices[r] = _mm512_srlv_epi32(_mm512_broadcast_i64x4(words), upper_half);

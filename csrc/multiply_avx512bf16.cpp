@@ -29,7 +29,7 @@ struct Avx512Bf16Kernel {
             __m512i tables[kRows], indices[kRows];
             for (int r = 0; r < kRows; ++r) {
                 const uint8_t* packed = view.packed + ((row + r) * groups + group) * (kGroup / 2);
-                prefetch(packed + ahead);
+                prefetch(packed, ahead);
                 tables[r] = bf16_table(codebook, scales[r * run + in_run]);
                 indices[r] = bf16_indices(packed);
             }

@@ -6,7 +6,7 @@ features, D hidden width of the backbone, S width of the side network, R supervi
 
 from __future__ import annotations
 
-from ladder_kernels.elementwise import rms_norm, rotary, swiglu
+from ladder_kernels.elementwise import rms_norm, rotary, swiglu, swiglu_
 from ladder_kernels.linear_cross_entropy import linear_cross_entropy
 from ladder_kernels.nf4 import NF4Weight, dequantize_nf4, quantize_nf4
 from ladder_kernels.nf4_linear import nf4_linear
@@ -23,5 +23,6 @@ __all__ = [
     "rms_norm",
     "rotary",
     "swiglu",
+    "swiglu_",
     "tap",
 ]

@@ -10,6 +10,7 @@ from torch import Tensor
 from ladder_kernels.nf4_tensors import NF4Tensors
 from ladder_kernels.reference import ABSMAX_BLOCK, BLOCK_SIZES, IGNORE_INDEX
 
+SCRATCH_ALIGNMENT = 64  # bytes; torch's allocators give this much, so only an offset can spoil it
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -125,6 +126,9 @@ def check_scratch(op: str, scratch: Tensor, size: int, device: torch.device) -> 
     check_dtype(op, "scratch", scratch.dtype, (torch.uint8,))
     check_contiguous(op, "scratch", scratch)
     check_device(op, "scratch", scratch, device)
+    if scratch.storage_offset() % SCRATCH_ALIGNMENT:
+        offset = scratch.storage_offset()
+        raise ValueError(f"{op}: expected scratch at a multiple of {SCRATCH_ALIGNMENT} bytes, got offset {offset}")
     if scratch.numel() < size:
         raise ValueError(f"{op}: expected at least {size} bytes of scratch, got {scratch.numel()}")
 

@@ -5,7 +5,8 @@
     swiglu    silu(gate) * up
 
 Where nobody needs a gradient, CPU tensors go through one native pass. Everyone else gets plain torch, which autograd,
-tracing and other devices see through, so these are functions and no ops of their own.
+tracing and other devices see through, so these are functions and no ops of their own. 16-bit intermediates are rounded
+in both as transformers rounds them: the norm before the weight, silu before the product, products before their sum.
 """
 
 from __future__ import annotations
@@ -14,17 +15,17 @@ import torch
 from torch import Tensor
 
 from ladder_kernels import native, reference
-from ladder_kernels.checks import COMPUTE_DTYPES, check_shape
+from ladder_kernels.checks import COMPUTE_DTYPES, check_device, check_dtype, check_no_gradient, check_shape
 from ladder_kernels.dispatch import runs_eagerly
+
+_DTYPES = (*COMPUTE_DTYPES, torch.float64)
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-    """weight * (x / sqrt(mean(x^2) + epsilon)) over the last dimension.
-
-    Computed in at least fp32; the quotient is rounded to x.dtype before the product, as transformers does.
+    """weight * (x / sqrt(mean(x^2) + epsilon)) over the last dimension, the mean in at least fp32.
 
     Args:
-        x: [..., D].
+        x: [..., D] fp32, bf16, fp16 or fp64.
         weight: [D] in x.dtype.
         epsilon: added to the mean square.
 
@@ -32,9 +33,12 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         [..., D] in x.dtype.
 
     Raises:
-        ValueError: weight has another shape.
+        ValueError, TypeError: shapes, dtypes or devices disagree.
     """
+    if x.dim() == 0:
+        raise ValueError("rms_norm: expected x of shape [..., D], got a 0-dim tensor")
     check_shape("rms_norm", "weight", weight, x.shape[-1:])
+    _check_same("rms_norm", ("x", x), ("weight", weight))
     if _runs_native(x, weight) and x.numel() > 0:
         if x.dim() == 2:
             return native.rms_norm(x, weight, epsilon)
@@ -46,57 +50,85 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the halves of each head by its position's angles.
 
     Args:
-        x: [T, H, d] with even d.
+        x: [T, H, d] fp32, bf16, fp16 or fp64, with even d.
         cos, sin: [T, d] in x.dtype.
 
     Returns:
         [T, H, d] in x.dtype.
 
     Raises:
-        ValueError: shapes disagree, or d is odd.
+        ValueError, TypeError: shapes, dtypes or devices disagree, or d is odd.
     """
     check_shape("rotary", "x", x, ("T", "H", "d"))
-    if x.shape[2] % 2:
-        raise ValueError(f"rotary: expected heads of even size, got {x.shape[2]}")
-    for name, table in (("cos", cos), ("sin", sin)):
-        check_shape("rotary", name, table, (x.shape[0], x.shape[2]))
-    if _runs_native(x, cos, sin) and x.stride(1) == x.shape[2] and cos.is_contiguous() and sin.is_contiguous():
+    tokens, _, size = x.shape
+    if size % 2:
+        raise ValueError(f"rotary: expected heads of even size, got {size}")
+    check_shape("rotary", "cos", cos, (tokens, size))
+    check_shape("rotary", "sin", sin, (tokens, size))
+    _check_same("rotary", ("x", x), ("cos", cos), ("sin", sin))
+    if _runs_native(x, cos, sin) and x.stride(1) == size and cos.is_contiguous() and sin.is_contiguous():
         return native.rotary(x, cos, sin)
     return reference.rotary(x, cos, sin)
 
 
-def swiglu(gate: Tensor, up: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """silu(gate) * up, silu rounded to the dtype before the product.
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up.
 
     Args:
-        gate, up: [T, F].
-        out: where to write, without a gradient: gate itself, or a contiguous tensor of that shape and dtype that
-            overlaps neither.
+        gate, up: [T, F] fp32, bf16, fp16 or fp64.
 
     Returns:
-        [T, F] in gate.dtype: out, if given.
+        [T, F] in that dtype.
 
     Raises:
-        ValueError: shapes disagree.
+        ValueError, TypeError: shapes, dtypes or devices disagree.
     """
+    _check_swiglu(gate, up)
+    if _runs_native(gate, up):
+        return native.swiglu(gate, up, torch.empty(gate.shape, dtype=gate.dtype, device=gate.device))
+    return reference.swiglu(gate, up)
+
+
+def swiglu_(gate: Tensor, up: Tensor) -> Tensor:
+    """`swiglu` into the memory of gate, which is returned: without gradients.
+
+    Raises:
+        ValueError, TypeError: as `swiglu`, or one of them requires a gradient.
+    """
+    _check_swiglu(gate, up)
+    for name, tensor in (("gate", gate), ("up", up)):
+        check_no_gradient("swiglu_", name, tensor, "call swiglu, or this under torch.no_grad()")
+    shares_memory = gate.untyped_storage()._cdata == up.untyped_storage()._cdata
+    is_foreign = gate.is_inference() and not torch.is_inference_mode_enabled()  # torch says why that is wrong
+    if not _runs_native(gate, up) or not gate.is_contiguous() or shares_memory or is_foreign:
+        return gate.copy_(reference.swiglu(gate, up))
+    native.swiglu(gate, up, gate)
+    if not gate.is_inference():
+        # Native code wrote behind autograd's back: whoever saved `gate` for backward must find out.
+        torch.autograd.graph.increment_version(gate)
+    return gate
+
+
+def _check_swiglu(gate: Tensor, up: Tensor) -> None:
     check_shape("swiglu", "gate", gate, ("T", "F"))
     check_shape("swiglu", "up", up, gate.shape)
-    if _runs_native(gate, up) and (out is None or out.is_contiguous()):
-        return native.swiglu(
-            gate, up, torch.empty_like(gate, memory_format=torch.contiguous_format) if out is None else out
-        )
-    result = reference.swiglu(gate, up)
-    return result if out is None else out.copy_(result)
+    _check_same("swiglu", ("gate", gate), ("up", up))
+
+
+def _check_same(op: str, first: tuple[str, Tensor], *others: tuple[str, Tensor]) -> None:
+    name, x = first
+    check_dtype(op, name, x.dtype, _DTYPES)
+    for name, tensor in others:
+        check_dtype(op, name, tensor.dtype, (x.dtype,))
+        check_device(op, name, tensor, x.device)
 
 
 def _runs_native(x: Tensor, *others: Tensor) -> bool:
-    """True if one native pass can compute this: plain CPU tensors of one dtype, rows in one piece, no gradient."""
-    dtype, needs_grad = x.dtype, torch.is_grad_enabled()
-    if not x.is_cpu or dtype not in COMPUTE_DTYPES or (needs_grad and x.requires_grad) or x.stride(-1) != 1:
+    """True if one native pass can compute this: plain CPU tensors, rows in one piece, no gradient."""
+    needs_grad = torch.is_grad_enabled()
+    if not x.is_cpu or x.dtype == torch.float64 or (needs_grad and x.requires_grad) or x.stride(-1) != 1:
         return False
     for tensor in others:
-        if tensor.dtype != dtype or not tensor.is_cpu or (needs_grad and tensor.requires_grad):
-            return False
-        if tensor.stride(-1) != 1:
+        if tensor.stride(-1) != 1 or (needs_grad and tensor.requires_grad):
             return False
     return runs_eagerly(x, *others) and native.available()

@@ -24,11 +24,11 @@ class LinearPlan(NamedTuple):
     """How `nf4_linear` computes a product.
 
     Attributes:
-        panel_rows: rows of the weight decoded at a time, or 0 for the kernel that reads packed weights.
+        panel_rows: rows of the weight decoded at a time; None for the kernel that reads packed weights.
         scratch_bytes: what it needs of scratch.
     """
 
-    panel_rows: int
+    panel_rows: int | None
     scratch_bytes: int
 
 
@@ -38,7 +38,7 @@ def linear_plan(tokens: int, rows: int, cols: int, block_size: int, itemsize: in
     isa: the instruction set of the native library; None where tensors are elsewhere or there is no library.
     """
     if isa is not None and 0 < tokens <= FEW_TOKENS[isa] and cols > 0 and cols % GROUP == 0 and block_size % GROUP == 0:
-        return LinearPlan(0, 4 * cols * -(-tokens // TOKEN_MULTIPLE) * TOKEN_MULTIPLE)
+        return LinearPlan(None, 4 * cols * -(-tokens // TOKEN_MULTIPLE) * TOKEN_MULTIPLE)
     panel = panel_rows(tokens, rows, cols, itemsize)
     return LinearPlan(panel, panel * cols * itemsize)
 
@@ -51,7 +51,7 @@ def panel_rows(tokens: int, rows: int, cols: int, itemsize: int) -> int:
     budget = CACHED_PANEL_BYTES if tokens < CACHED_PANEL_TOKENS else MANY_TOKENS_PANEL_BYTES
     panels = max(1, -(-rows * cols * itemsize // budget))
     multiple = -(-rows // (panels * PANEL_ROW_MULTIPLE)) * PANEL_ROW_MULTIPLE
-    return min(rows, multiple)
+    return max(1, min(rows, multiple))
 
 
 def logit_rows(rows: int, vocabulary: int, itemsize: int, chunk_bytes: int) -> int:

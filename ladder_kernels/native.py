@@ -1,8 +1,9 @@
 """The native CPU library: the only place that knows ctypes.
 
-The library is looked for on first use, never on import. Where it is absent the plain-torch `reference` computes the
-same bits, several times slower, after one warning. Environment: `LADDER_NATIVE_LIB` names a library file to use
-instead of the installed one, `LADDER_CPU_ISA` one of ISAS instead of the fastest.
+The library is looked for on first use, never on import. Where it is absent the plain-torch `reference` serves, several
+times slower, after one warning: codes and decoded weights to the bit, sums in another order. Environment:
+`LADDER_NATIVE_LIB` names a library file to use instead of the installed one, `LADDER_CPU_ISA` one of ISAS instead of
+the fastest.
 """
 
 from __future__ import annotations
@@ -335,7 +336,8 @@ def _load() -> _Loaded:
         places = ", ".join(str(candidate) for candidate in candidates)
         source = "LADDER_NATIVE_LIB names a file that does not exist" if override else "it was not built"
         hint = "unset the variable" if override else "reinstall with `pip install -v .` to see CMake's output"
-        return _Loaded(None, None, f"no native library, {source} (looked for {places}): {hint}")
+        ignored = "; LADDER_CPU_ISA has no effect without it" if "LADDER_CPU_ISA" in os.environ else ""
+        return _Loaded(None, None, f"no native library, {source} (looked for {places}): {hint}{ignored}")
     try:
         library = ctypes.CDLL(str(path))
         library.ladder_abi_version.restype = _int32
@@ -359,7 +361,7 @@ def _load() -> _Loaded:
 
 @functools.cache
 def _warn_absent(reason: str) -> None:
-    message = f"ladder_kernels: {reason}. CPU kernels run in plain torch, same results, slower; see `ladder info`."
+    message = f"ladder_kernels: {reason}. CPU kernels run in plain torch, slower; see `ladder info`."
     warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 

@@ -69,6 +69,8 @@ class NF4Weight:
     absmax_offset: Tensor | None = None
 
     def __post_init__(self) -> None:
+        if min(self.shape) < 0:
+            raise ValueError(f"NF4Weight: expected shape (N, K) of sizes >= 0, got {self.shape}")
         size = (self.shape[0] * self.shape[1] + 1) // 2
         check_shape("NF4Weight", "packed", self.packed, (size,))
         check_nf4("NF4Weight", self.tensors)

@@ -17,7 +17,7 @@ from torch import Tensor
 from ladder_kernels import native
 from ladder_kernels.checks import check_nf4, check_nf4_linear, check_no_gradient, check_scratch
 from ladder_kernels.dispatch import runs_eagerly
-from ladder_kernels.launch import LinearPlan, linear_plan
+from ladder_kernels.launch import FEW_TOKENS, LinearPlan, linear_plan
 from ladder_kernels.nf4 import NF4Weight, dequantize_rows
 from ladder_kernels.nf4_tensors import NF4_SCHEMA, NF4Tensors
 from ladder_kernels.workspace import Workspace
@@ -29,10 +29,17 @@ def _plan(x: Tensor, rows: int, nf4: NF4Tensors) -> LinearPlan:
     return linear_plan(math.prod(leading), rows, cols, nf4.block_size, x.dtype.itemsize, isa)
 
 
+def _any_plan_bytes(x: Tensor, rows: int, nf4: NF4Tensors) -> int:
+    """Scratch that is enough whatever library the op will find: the compiler must not look for it."""
+    *leading, cols = x.shape
+    size = (math.prod(leading), rows, cols, nf4.block_size, x.dtype.itemsize)
+    return max(linear_plan(*size, isa).scratch_bytes for isa in (None, *FEW_TOKENS))
+
+
 def _multiply(x: Tensor, bias: Tensor | None, rows: int, scratch: Tensor, nf4: NF4Tensors, plan: LinearPlan) -> Tensor:
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     out = x.new_empty(flat.shape[0], rows)
-    if plan.panel_rows == 0:
+    if plan.panel_rows is None:
         native.nf4_linear(flat.contiguous(), None if bias is None else bias.contiguous(), nf4, scratch, out)
     else:
         panel = scratch[: plan.scratch_bytes].view(x.dtype).view(plan.panel_rows, x.shape[-1])
@@ -70,8 +77,8 @@ def _(x: Tensor, bias: Tensor | None, rows: int, scratch: Tensor, *nf4: Any) -> 
 
 def _checked_plan(x: Tensor, bias: Tensor | None, rows: int, scratch: Tensor, nf4: NF4Tensors) -> LinearPlan:
     check_nf4("nf4_linear", nf4)
-    if x.dim() == 0:
-        raise ValueError("nf4_linear: expected x of shape [..., K], got a 0-dim tensor")
+    if x.dim() == 0 or rows < 0:
+        raise ValueError(f"nf4_linear: expected x of shape [..., K] and rows >= 0, got {list(x.shape)} and {rows}")
     check_nf4_linear(x, bias, rows, nf4)
     plan = _plan(x, rows, nf4)
     check_scratch("nf4_linear", scratch, plan.scratch_bytes, x.device)
@@ -94,17 +101,21 @@ def nf4_linear(
         [..., N] in x.dtype.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or devices disagree, or x requires a gradient.
+        ValueError, TypeError: shapes, dtypes or devices disagree, or x or bias requires a gradient.
     """
     instead = "the NF4 backbone is frozen and runs forward only: call it under torch.no_grad()"
     check_no_gradient("nf4_linear", "x", x, instead)
+    check_no_gradient("nf4_linear", "bias", bias, instead)
     rows, cols = nf4_weight.shape
     if x.dim() == 0 or x.shape[-1] != cols:
         raise ValueError(f"nf4_linear: expected x of shape [..., {cols}], got {list(x.shape)}")
     nf4 = nf4_weight.tensors
     check_nf4_linear(x, bias, rows, nf4)
-    plan = _plan(x, rows, nf4)
     workspace = Workspace() if workspace is None else workspace
+    if torch.compiler.is_compiling():
+        scratch = workspace.take("nf4_linear", (_any_plan_bytes(x, rows, nf4),), torch.uint8, x.device)
+        return _nf4_linear(x, bias, rows, scratch, *nf4)
+    plan = _plan(x, rows, nf4)
     scratch = workspace.take("nf4_linear", (plan.scratch_bytes,), torch.uint8, x.device)
     if not torch.is_grad_enabled():
         return _run(x, bias, rows, scratch, nf4, plan)

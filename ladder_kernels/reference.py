@@ -78,7 +78,11 @@ def quantize_absmax(absmax: Tensor, absmax_map: Tensor, absmax_offset: Tensor) -
     invalid = scaled.isnan()
     steps = ((scaled.clamp(-1.0, 1.0) + 1.0) * 0.5 * 65535 + 0.5).masked_fill(invalid, 0.0).floor()
     midpoints = (absmax_map[:-1] + absmax_map[1:]) / 2
-    codes = torch.bucketize(steps / 65535 * 2 - 1, midpoints, out_int32=True)
+    if count > 65536:  # more scales than steps: search once per step and look up
+        every_step = torch.arange(65536, dtype=torch.float32, device=absmax.device)
+        codes = torch.bucketize(every_step / 65535 * 2 - 1, midpoints, out_int32=True)[steps.int()]
+    else:
+        codes = torch.bucketize(steps / 65535 * 2 - 1, midpoints, out_int32=True)
     return codes.masked_fill(invalid, 0).to(torch.uint8), scale
 
 

@@ -22,17 +22,19 @@ class Workspace:
     def __init__(self) -> None:
         self._buffers: dict[tuple[str, torch.device], Tensor] = {}
         # What was handed out last under a name: making a view costs as much as a small product.
-        self._views: dict[tuple[str, torch.device], tuple[tuple[int, ...], torch.dtype, Tensor]] = {}
+        self._views: dict[tuple[str, torch.device], Tensor] = {}
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
         """A contiguous tensor of the given shape inside the buffer `name` of that device."""
-        if is_in_torch_dispatch_mode() and type(torch.empty(0, device=device)) is not Tensor:
+        if torch.compiler.is_compiling() or (
+            is_in_torch_dispatch_mode() and type(torch.empty(0, device=device)) is not Tensor
+        ):
             # Fake tensors must not outlive the mode that makes them, nor meet real memory in it.
             return torch.empty(shape, dtype=dtype, device=device)
         key = (name, device if isinstance(device, torch.device) else torch.device(device))
         last = self._views.get(key)
-        if last is not None and last[0] == shape and last[1] == dtype:
-            return last[2]
+        if last is not None and last.shape == shape and last.dtype == dtype and not last.requires_grad:
+            return last
         needed = math.prod(shape) * dtype.itemsize
         buffer = self._buffers.get(key)
         # A tensor made in inference mode could not be written to outside of it.
@@ -44,7 +46,7 @@ class Workspace:
                 del buffer, last
                 buffer = self._buffers[key] = torch.empty(needed, dtype=torch.uint8, device=device)
             view = buffer[:needed].view(dtype).view(shape)
-        self._views[key] = (shape, dtype, view)
+        self._views[key] = view
         return view
 
     @property

@@ -8,9 +8,10 @@ import pytest
 import torch
 from numerics import assert_close_to_truth, assert_same_bits
 from torch import Tensor
+from torch.autograd import forward_ad
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from ladder_kernels import native, reference, rms_norm, rotary, swiglu
+from ladder_kernels import native, reference, rms_norm, rotary, swiglu, swiglu_
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # (T, heads, head size): aligned, ragged, tiny, empty
@@ -85,11 +86,58 @@ def test_other_strides(implementation):
     assert normed(torch.randn(2, 3, 8), weight).shape == (2, 3, 8)
 
 
-def test_swiglu_may_overwrite_its_gate(implementation):
-    gate, up = torch.randn(7, 33), torch.randn(7, 33)
-    expected = swiglu(gate, up)
-    assert swiglu(gate, up, out=gate) is gate
-    assert_same_bits("out", gate, expected)
+def test_swiglu_into_its_gate(implementation):
+    both = torch.randn(7, 66)
+    for gate, up in ((torch.randn(7, 33), torch.randn(7, 33)), both.clone().chunk(2, dim=-1)):
+        expected = swiglu(gate, up)
+        assert swiglu_(gate, up) is gate
+        assert torch.allclose(gate, expected)
+    buffer = torch.randn(8, 33)
+    expected = swiglu(buffer[1:], buffer[:-1])
+    assert torch.allclose(swiglu_(buffer[1:], buffer[:-1]), expected)
+    with torch.inference_mode():
+        gate = torch.randn(7, 33)
+        expected = swiglu(gate, up[:, :33].contiguous())
+        assert torch.allclose(swiglu_(gate, up[:, :33].contiguous()), expected)
+
+
+def test_swiglu_into_its_gate_is_seen_by_autograd(implementation):
+    leaf, up = torch.randn(3, 8, requires_grad=True), torch.randn(3, 8)
+    saved = leaf.exp()
+    with torch.no_grad():
+        swiglu_(saved, up)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        saved.sum().backward()
+    with pytest.raises(ValueError, match="swiglu_: gate requires a gradient"):
+        swiglu_(leaf * 2, up)
+    with pytest.raises(ValueError, match="swiglu_: up requires a gradient"):
+        swiglu_(torch.randn(3, 8), leaf)
+
+
+@pytest.mark.filterwarnings("ignore")  # torch.jit.trace is deprecated, and warns of every shape that is checked
+@pytest.mark.parametrize("name", OPS)
+def test_transforms_and_traces_see_through(implementation, name):
+    op, plain = OPS[name]
+    given = arguments(name, (5, 2, 8), torch.float32)
+    tangents = tuple(torch.randn_like(tensor) for tensor in given)
+    with torch.no_grad():
+        out, tangent = torch.func.jvp(op, given, tangents)
+        assert torch.allclose(tangent, torch.func.jvp(plain, given, tangents)[1])
+        with forward_ad.dual_level():
+            dual = op(forward_ad.make_dual(given[0], tangents[0]), *given[1:])
+            assert forward_ad.unpack_dual(dual).tangent is not None
+        traced = torch.jit.trace(op, given)
+        assert torch.allclose(traced(*tangents), op(*tangents), atol=1e-6)
+        assert torch.allclose(op(torch._neg_view(given[0]), *given[1:]), op(-given[0], *given[1:]))
+    assert torch.allclose(out, op(*given), atol=1e-6)
+    stacked = tuple(torch.stack((tensor, tensor)) for tensor in given)
+    assert torch.allclose(torch.func.vmap(op)(*stacked)[1], op(*given), atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit_rotary_rounds_as_torch_does(implementation, dtype):
+    given = arguments("rotary", (37, 3, 22), dtype)
+    assert_same_bits("rotary", rotary(*given), reference.rotary(*given))
 
 
 @pytest.mark.parametrize("value", [0.0, -0.0, 1e-30, 90.0, -90.0, 1e30, -1e30, torch.inf, torch.nan])
@@ -133,3 +181,11 @@ def test_wrong_arguments():
         rotary(x, torch.ones(3, 4), torch.ones(2, 4))
     with pytest.raises(ValueError, match=r"swiglu: expected up of shape \[3, 2\], got \[3, 1\]"):
         swiglu(torch.ones(3, 2), torch.ones(3, 1))
+    with pytest.raises(TypeError, match="rms_norm: expected weight in bfloat16, got float32"):
+        rms_norm(x.bfloat16(), torch.ones(4), 1e-5)
+    with pytest.raises(TypeError, match=r"rms_norm: expected x in float32, .*got int64"):
+        rms_norm(x.long(), torch.ones(4).long(), 1e-5)
+    with pytest.raises(ValueError, match=r"rms_norm: expected x .* 0-dim"):
+        rms_norm(torch.tensor(1.0), torch.ones(1), 1e-5)
+    with pytest.raises(ValueError, match="swiglu: expected up on cpu, got meta"):
+        swiglu(torch.ones(3, 2), torch.ones(3, 2, device="meta"))

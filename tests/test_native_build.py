@@ -17,7 +17,9 @@ import pytest
 from ladder_kernels import native
 
 ROOT = Path(__file__).parents[1]
-KERNEL_TESTS = ("tests/test_nf4_linear.py", "tests/test_native.py", "tests/test_nf4.py")
+KERNEL_TESTS = tuple(
+    f"tests/test_{name}.py" for name in ("nf4_linear", "native", "nf4", "linear_cross_entropy", "elementwise")
+)
 # Left out: the comparison with bitsandbytes on large inputs, and a matrix whose pages a sanitizer would touch.
 SELECTION = "not two_billion and not equals_bitsandbytes and not quantized_scales_follow"
 
@@ -64,7 +66,7 @@ def test_clang_builds_it_too(tmp_path):
     if shutil.which("clang++") is None:
         pytest.skip("needs clang++")
     library = build(tmp_path, "-DCMAKE_CXX_COMPILER=clang++")
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "tests/test_nf4_linear.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", SELECTION, *KERNEL_TESTS]
     done = subprocess.run(command, capture_output=True, text=True, env=environment(library), cwd=ROOT)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-5000:]
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numerics import assert_same_bits
 from torch import Tensor
 
-from ladder_kernels import NF4Weight, dequantize_nf4, quantize_nf4
+from ladder_kernels import NF4Weight, dequantize_nf4, quantize_nf4, reference
 from ladder_kernels.nf4 import NF4_CODES, dynamic_map
 from ladder_kernels.reference import BLOCK_SIZES
 
@@ -128,6 +128,16 @@ def test_fp16_scales_beyond_its_range_become_infinite_and_subnormal(implementati
 
 def test_dynamic_map_equals_bitsandbytes():
     assert_same_bits("map", dynamic_map(), bnb.create_dynamic_map())
+
+
+def test_many_scales_have_the_codes_of_few():
+    absmax = torch.randn(70000).abs()
+    absmax[7], absmax[300] = torch.nan, torch.inf
+    offset = torch.tensor(0.5)
+    codes, scale = reference.quantize_absmax(absmax, dynamic_map(), offset)
+    parts = [reference.quantize_absmax(part, dynamic_map(), offset) for part in absmax.split(256 * 100)]
+    assert_same_bits("codes", codes, torch.cat([part[0] for part in parts]))
+    assert_same_bits("scale", scale, torch.cat([part[1] for part in parts]))
 
 
 def test_quantized_scales_follow_the_oracle_on_dense_values(implementation):

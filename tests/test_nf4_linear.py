@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -115,8 +119,8 @@ def test_strided_x_and_bias(implementation):
 
 
 def test_linear_plan():
-    assert linear_plan(1, 300, 128, 64, 4, isa="avx512") == LinearPlan(0, 16 * 128 * 4)
-    assert linear_plan(16, 300, 128, 4096, 2, isa="avx512") == LinearPlan(0, 16 * 128 * 4)
+    assert linear_plan(1, 300, 128, 64, 4, isa="avx512") == LinearPlan(None, 16 * 128 * 4)
+    assert linear_plan(16, 300, 128, 4096, 2, isa="avx512") == LinearPlan(None, 16 * 128 * 4)
     for tokens, cols, block_size, isa in (
         (33, 128, 64, "avx512"),
         (17, 128, 64, "avx2"),
@@ -170,7 +174,33 @@ def test_gradient_is_refused_and_no_grad_accepts_parameters():
     bias = torch.nn.Parameter(torch.randn(5))
     with torch.no_grad():
         assert not nf4_linear(x, weight, bias).requires_grad
-    assert not nf4_linear(x.detach(), weight, bias).requires_grad
+    with pytest.raises(ValueError, match=r"nf4_linear: bias requires a gradient.*torch\.no_grad"):
+        nf4_linear(x.detach(), weight, bias)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 4, 100])
+@pytest.mark.parametrize("cols", [64, 100])
+def test_no_rows_at_all(implementation, tokens, cols):
+    codebook = quantize_nf4(torch.ones(1, 64)).codebook
+    empty = NF4Weight(torch.empty(0, dtype=torch.uint8), torch.empty(0), codebook, (0, cols), torch.float32)
+    assert nf4_linear(torch.randn(tokens, cols), empty).shape == (tokens, 0)
+
+
+def test_compiles_as_one_graph():
+    """In a process of its own, for the other tests run with the compiler off."""
+    code = """
+import torch
+from ladder_kernels import nf4_linear, quantize_nf4
+weight = quantize_nf4(torch.randn(70, 128))
+for tokens in (3, 50):
+    x = torch.randn(tokens, 128)
+    compiled = torch.compile(lambda x: nf4_linear(x * 2, weight), fullgraph=True, backend="eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(x), nf4_linear(x * 2, weight))
+"""
+    environment = {**os.environ, "TORCHDYNAMO_DISABLE": "0"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
 
 
 def test_wrong_arguments():

@@ -135,6 +135,15 @@ def test_workspace_reuses_and_grows():
     assert workspace.nbytes == 0
 
 
+def test_what_is_done_to_a_taken_tensor_is_not_handed_out_again():
+    workspace = Workspace()
+    workspace.take("a", (4, 4), torch.float32).requires_grad_()
+    taken = workspace.take("a", (4, 4), torch.float32)
+    assert not taken.requires_grad
+    taken.resize_(2, 8)
+    assert workspace.take("a", (4, 4), torch.float32).shape == (4, 4)
+
+
 def test_workspace_filled_in_inference_mode_serves_training():
     x, weight, side, head, targets, workspace = arguments()
     with torch.inference_mode():
@@ -202,6 +211,7 @@ def test_malformed_nf4_tensors_are_refused(spoiled, message, fake):
         (torch.zeros(8192, dtype=torch.uint8)[::2], "contiguous scratch"),
         (torch.zeros(64, 64, dtype=torch.uint8), r"scratch of shape \[bytes\]"),
         (torch.zeros(4096), "scratch in uint8, got float32"),
+        (torch.zeros(8193, dtype=torch.uint8)[1:], "scratch at a multiple of 64 bytes, got offset 1"),
         (torch.zeros(100, dtype=torch.uint8), r"at least \d+ bytes of scratch, got 100"),
         (torch.zeros(4096, dtype=torch.uint8, device="meta"), "scratch on cpu, got meta"),
     ],

@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, DynamicCache, PreTrainedConfig, PreTrain
 
 from engine.backbone.families import BackboneConfig, rotary_frequencies
 from engine.sequence import SequenceLayout, attention, rotary_table
-from ladder_kernels import NF4Weight, Workspace, nf4_linear, reference, rms_norm, rotary, swiglu
+from ladder_kernels import NF4Weight, Workspace, nf4_linear, reference, rms_norm, rotary, swiglu_
 
 
 @dataclass
@@ -188,7 +188,7 @@ class Backbone:
     def _mlp(self, block: Block, hidden: Tensor) -> Tensor:
         x = rms_norm(hidden, block.mlp_norm, self.config.rms_norm_eps)
         gate = block.gate(x, self._workspace)
-        return block.down(swiglu(gate, block.up(x, self._workspace), out=gate), self._workspace)
+        return block.down(swiglu_(gate, block.up(x, self._workspace)), self._workspace)
 
     def final_norm(self, y: Tensor) -> Tensor:
         """The frozen final RMSNorm of y [R, D]; differentiable in y, with the same bits where no gradient is wanted."""
