@@ -65,15 +65,22 @@ def _needs_wide_logits(hidden: Tensor) -> bool:
 def _compute_here(
     hidden: Tensor, head_weight: Tensor, targets: Tensor, logits: Tensor, wide_logits: Tensor | None, need_grad: bool
 ) -> tuple[Tensor, Tensor]:
-    is_native = _is_native(hidden)
-
-    def cross_entropy_of(chunk: Tensor, chunk_targets: Tensor) -> Tensor:
+    """Sum of the losses, fp32 (fp64 for fp64), and dhidden [R, D] (empty [0] without need_grad)."""
+    is_native, targets = _is_native(hidden), targets.contiguous()
+    losses = hidden.new_zeros(hidden.shape[0], dtype=torch.promote_types(hidden.dtype, torch.float32))
+    dhidden = torch.empty_like(hidden) if need_grad else hidden.new_empty(0)
+    for begin in range(0, hidden.shape[0], logits.shape[0]):
+        rows = slice(begin, begin + logits.shape[0])
+        size = hidden[rows].shape[0]
+        chunk = torch.mm(hidden[rows], head_weight.T, out=logits[:size])
         if is_native:
-            return native.cross_entropy(chunk, chunk_targets.contiguous(), need_grad)
-        wide_chunk = None if wide_logits is None else wide_logits[: chunk.shape[0]]
-        return reference.cross_entropy(chunk, chunk_targets, wide_chunk, need_grad)
-
-    return reference.linear_cross_entropy(hidden, head_weight, targets, logits, need_grad, cross_entropy_of)
+            losses[rows] = native.cross_entropy(chunk, targets[rows], need_grad)
+        else:
+            wide_chunk = None if wide_logits is None else wide_logits[:size]
+            losses[rows] = reference.cross_entropy(chunk, targets[rows], wide_chunk, need_grad)
+        if need_grad:
+            torch.mm(chunk, head_weight, out=dhidden[rows])
+    return losses.sum(), dhidden
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -177,12 +177,7 @@ def available() -> bool:
 
 def isa() -> str | None:
     """The instruction set in use, or None without a library; the first call that finds none warns."""
-    return _current_isa() if available() else None
-
-
-@functools.cache
-def _current_isa() -> str:
-    return _library().ladder_isa().decode()
+    return _library().ladder_isa().decode() if available() else None
 
 
 def available_isas() -> tuple[str, ...]:
@@ -201,7 +196,6 @@ def select_isa(isa: str) -> None:
     if library is None or library.ladder_select_isa(isa.encode()) != 0:
         offered = ", ".join(available_isas()) or "none, for there is no native library"
         raise ValueError(f"expected one of the instruction sets available here ({offered}), got {isa!r}")
-    _current_isa.cache_clear()
 
 
 def dequantize_nf4(nf4: NF4Tensors, first_row: int, out: Tensor) -> None:

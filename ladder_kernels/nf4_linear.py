@@ -117,13 +117,6 @@ def nf4_linear(
         return _nf4_linear(x, bias, rows, scratch, *nf4)
     plan = _plan(x, rows, nf4)
     scratch = workspace.take("nf4_linear", (plan.scratch_bytes,), torch.uint8, x.device)
-    if not torch.is_grad_enabled():
-        return _run(x, bias, rows, scratch, nf4, plan)
-    with torch.no_grad():
-        return _run(x, bias, rows, scratch, nf4, plan)
-
-
-def _run(x: Tensor, bias: Tensor | None, rows: int, scratch: Tensor, nf4: NF4Tensors, plan: LinearPlan) -> Tensor:
     if not runs_eagerly(x, bias, scratch, nf4.packed):
         return _nf4_linear(x, bias, rows, scratch, *nf4)
     return _multiply(x, bias, rows, scratch, nf4, plan)

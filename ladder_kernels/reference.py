@@ -1,12 +1,10 @@
 """Plain-torch twin of every op: the truth for tests, the baseline for benchmarks, the fallback without a native kernel.
 
-Signatures are those of the `torch.library` ops, the tensors of an NF4 matrix as one value (`nf4_linear` needs no
-scratch). Arguments are taken as checked.
+Signatures are those of the `torch.library` ops without their scratch, the tensors of an NF4 matrix as one value. Of
+`linear_cross_entropy` the softmax is here; the products around it are the same for all. Arguments are taken as checked.
 """
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -181,41 +179,6 @@ def cross_entropy(logits: Tensor, targets: Tensor, wide_logits: Tensor | None, n
         p.div_(total).scatter_add_(1, columns, p.new_full(columns.shape, -1.0))
         logits.copy_(p.masked_fill_(~counted[:, None], 0.0))
     return torch.where(counted, (total.log() - target_logit).view(-1), 0.0)
-
-
-def linear_cross_entropy(
-    hidden: Tensor,
-    head_weight: Tensor,
-    targets: Tensor,
-    logits: Tensor,
-    need_grad: bool,
-    cross_entropy_of: Callable[[Tensor, Tensor], Tensor],
-) -> tuple[Tensor, Tensor]:
-    """Sum over rows of -log softmax(hidden @ head_weight^T)[target], and its gradient to hidden in the same pass.
-
-    Rows go through `logits` in chunks: product, softmax, its gradient and nothing else, all in that memory.
-
-    Args:
-        hidden: [R, D].
-        head_weight: [V, D] in the dtype of hidden.
-        targets: int64 [R]; -100 contributes nothing.
-        logits: scratch [chunk, V] in the dtype of hidden.
-        need_grad: whether to compute the gradient.
-        cross_entropy_of: `cross_entropy`, or a kernel, of a chunk of logits and its targets.
-
-    Returns:
-        The 0-dim sum in fp32 (fp64 for fp64), and dhidden [R, D] (empty [0] without need_grad).
-    """
-    accumulate = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    losses = hidden.new_zeros(hidden.shape[0], dtype=accumulate)
-    dhidden = torch.empty_like(hidden) if need_grad else hidden.new_empty(0)
-    for begin in range(0, hidden.shape[0], logits.shape[0]):
-        rows = slice(begin, begin + logits.shape[0])
-        chunk = torch.mm(hidden[rows], head_weight.T, out=logits[: hidden[rows].shape[0]])
-        losses[rows] = cross_entropy_of(chunk, targets[rows])
-        if need_grad:
-            torch.mm(chunk, head_weight, out=dhidden[rows])
-    return losses.sum(), dhidden
 
 
 def _pack(codes: Tensor, packed: Tensor) -> None:

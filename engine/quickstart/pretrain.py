@@ -5,8 +5,8 @@
 Tokenizer: byte-level BPE of 4,096 entries, trained on the same text. Held-out modules (`corpus.is_heldout`) are seen by
 neither. The library proper is repeated more often than its tests, which are longer and duller. AdamW, warm-up and
 cosine, fp32, saved as bf16. `training.json` beside the weights records what the run reached: the shipped ones saw
-30.1 M tokens in 115 minutes of two AVX-512 cores that other work shared; alone it takes about 90. Why not wider: at
-this compute a 3.9 M model would see a third fewer tokens.
+30.1 M tokens in 115 minutes of two AVX-512 cores that other work shared. Why not wider: at this compute a 3.9 M model
+would see a third fewer tokens.
 """
 
 from __future__ import annotations
