@@ -46,7 +46,7 @@ def _dequantize_nf4_kernel(
 ):
     """out[i] = codebook[code[first + i]] * absmax[(first + i) >> block_bits] for i < count.
 
-    LANE codes are one little-endian word of type WORD, to which packed is aligned; first and count are multiples of LANE.
+    LANE codes are one little-endian word of type WORD: packed is aligned to it, first and count are multiples of LANE.
     """
     # Unsigned, so that quotients and remainders of powers of two are shifts and masks.
     begin = tl.program_id(0).to(tl.uint64) * (GROUPS * LANE)
@@ -202,7 +202,7 @@ def dequantize_config(first: int, count: int, packed_address: int, itemsize: int
     lane = 16 // itemsize
     if first % lane or count % lane or packed_address % (lane // 2):
         return DequantizeConfig(0, 1024, 4)
-    # Four words a lane in flight hide the latency of memory; 2048 threads of up to 32 registers fit on a multiprocessor.
+    # Four words a lane in flight hide memory's latency, and leave room for all threads a multiprocessor can hold.
     return DequantizeConfig(lane, 4 * 4 * 32 * lane, 4)
 
 
