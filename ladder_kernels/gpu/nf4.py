@@ -333,6 +333,7 @@ def specs() -> Iterator[KernelSpec]:
                     _quantize_constants(block_size, partial),
                     num_warps=quantize_config(block_size).num_warps,
                     architectures=architectures,
+                    enable_fp_fusion=False,
                 )
     yield KernelSpec(
         f"quantize_absmax.blocks.fp32.{_ABSMAX_CONFIG.blocks}",
@@ -348,6 +349,7 @@ def specs() -> Iterator[KernelSpec]:
         {"BLOCKS": _ABSMAX_CONFIG.blocks},
         num_warps=_ABSMAX_CONFIG.num_warps,
         architectures=(TURING, *ARCHITECTURES),
+        enable_fp_fusion=False,
     )
 
 
@@ -370,6 +372,7 @@ def _dequantize_specs(
         num_warps=config.num_warps,
         architectures=architectures,
         weights_per_iteration=config.tile,
+        enable_fp_fusion=False,
     )
     ragged = dequantize_config(1, 1, 0, dtype.itemsize)
     yield KernelSpec(
@@ -380,4 +383,5 @@ def _dequantize_specs(
         num_warps=ragged.num_warps,
         architectures=architectures,
         weights_per_iteration=ragged.tile,
+        enable_fp_fusion=False,
     )
