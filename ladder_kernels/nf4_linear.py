@@ -2,8 +2,9 @@
 
 x [..., K], W NF4 [N, K], bias [N] -> out [..., N], all in x.dtype. For few tokens a native kernel multiplies packed
 weights as it reads them. For more, W is decoded panel by panel along N into reused scratch and each panel is
-multiplied straight into its columns of out: the whole matrix never exists. `launch.linear_plan` chooses. Forward only:
-the backbone runs without gradients, so there is nothing to save.
+multiplied straight into its columns of out: the whole matrix never exists. On a CPU without 16-bit units the products
+of 16-bit tensors are computed in fp32, from the same rounded weights. `launch.linear_plan` chooses. Forward only: the
+backbone runs without gradients, so there is nothing to save.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 from ladder_kernels import native
 from ladder_kernels.checks import check_nf4, check_nf4_linear, check_no_gradient, check_scratch
 from ladder_kernels.dispatch import runs_eagerly
-from ladder_kernels.launch import FEW_TOKENS, LinearPlan, linear_plan
+from ladder_kernels.launch import FEW_TOKENS, LinearPlan, linear_plan, wide_scratch
 from ladder_kernels.nf4 import NF4Weight, dequantize_rows
 from ladder_kernels.nf4_tensors import NF4_SCHEMA, NF4Tensors
 from ladder_kernels.workspace import Workspace
@@ -41,6 +42,8 @@ def _multiply(x: Tensor, bias: Tensor | None, rows: int, scratch: Tensor, nf4: N
     out = x.new_empty(flat.shape[0], rows)
     if plan.panel_rows is None:
         native.nf4_linear(flat.contiguous(), None if bias is None else bias.contiguous(), nf4, scratch, out)
+    elif plan.wide_tokens:
+        _multiply_wide_panels(flat, bias, scratch, nf4, plan, out)
     else:
         panel = scratch[: plan.scratch_bytes].view(x.dtype).view(plan.panel_rows, x.shape[-1])
         _multiply_panels(flat, bias, panel, nf4, out)
@@ -57,6 +60,28 @@ def _multiply_panels(flat: Tensor, bias: Tensor | None, panel: Tensor, nf4: NF4T
             torch.mm(flat, part.T, out=out[:, begin:end])
         else:
             torch.addmm(bias[begin:end], flat, part.T, out=out[:, begin:end])
+
+
+def _multiply_wide_panels(
+    flat: Tensor, bias: Tensor | None, scratch: Tensor, nf4: NF4Tensors, plan: LinearPlan, out: Tensor
+) -> None:
+    (tokens, cols), rows, panel_rows = flat.shape, out.shape[1], plan.panel_rows or 0
+    sizes = wide_scratch(panel_rows, cols, plan.wide_tokens)
+    panel, wide_x, wide_out = (part.view(torch.float32) for part in scratch[: plan.scratch_bytes].split(sizes))
+    wide_bias = None if bias is None else bias.float()
+    for begin in range(0, rows, panel_rows):
+        end = min(begin + panel_rows, rows)
+        part = panel[: (end - begin) * cols].view(end - begin, cols)
+        native.dequantize_nf4(nf4, begin, part, rounded_to=flat.dtype)
+        for first in range(0, tokens, plan.wide_tokens):
+            last = min(first + plan.wide_tokens, tokens)
+            x = wide_x[: (last - first) * cols].view(last - first, cols).copy_(flat[first:last])
+            product = wide_out[: (last - first) * (end - begin)].view(last - first, end - begin)
+            if wide_bias is None:
+                torch.mm(x, part.T, out=product)
+            else:
+                torch.addmm(wide_bias[begin:end], x, part.T, out=product)
+            out[first:last, begin:end] = product
 
 
 @torch.library.custom_op(
@@ -94,8 +119,8 @@ def nf4_linear(
         x: [..., K] fp32, bf16 or fp16.
         nf4_weight: [N, K].
         bias: [N] in x.dtype.
-        workspace: keeps the scratch (a decode panel of at most 32 MiB) between calls. Without one it is allocated for
-            this call.
+        workspace: keeps the scratch (a decode panel of at most 32 MiB, and up to 512 rows in fp32 where products of 16
+            bits are computed so) between calls. Without one it is allocated for this call.
 
     Returns:
         [..., N] in x.dtype.
