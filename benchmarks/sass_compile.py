@@ -25,6 +25,7 @@ import ladder_kernels.gpu
 from benchmarks.sass_listing import (
     Loop,
     count_local_accesses,
+    count_lookups,
     global_bytes_per_thread,
     read_main_loop,
     read_usage,
@@ -135,7 +136,7 @@ def measure(spec: KernelSpec, architecture: int) -> dict[str, str]:
         instructions=len(loop.instructions),
         tensor_fma=fma,
         memory_bytes=global_bytes_per_thread(loop.instructions) * threads,
-        lookups=loop.families["LDS"] if table else 0,
+        lookups=count_lookups(loop.instructions, table[1]) if table else 0,
         lookup_wavefronts=wavefronts,
         is_shared_by_blocks=tensor > 0,
     )

@@ -114,6 +114,12 @@ def tensor_fma_per_warp(instructions: Iterable[str]) -> int | None:
     return total
 
 
+def count_lookups(instructions: Sequence[str], entry_bytes: int) -> int:
+    """Loads from shared memory as wide as an entry of a table: its look-ups, and whatever else has that width."""
+    modifiers = [text.split(None, 1)[0].split(".") for text in instructions if family(text) == "LDS"]
+    return sum(("64" in found, "128" in found) == (entry_bytes == 8, False) for found in modifiers)
+
+
 def global_bytes_per_thread(instructions: Sequence[str]) -> int:
     """Bytes that a thread loads from and stores to global memory, predicates taken as true."""
     return sum(_access_bytes(text.split(None, 1)[0]) for text in instructions if family(text) in _GLOBAL_ACCESS)

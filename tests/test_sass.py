@@ -15,6 +15,7 @@ from benchmarks import __main__ as command_line
 from benchmarks import sass
 from benchmarks.sass_listing import (
     count_local_accesses,
+    count_lookups,
     family,
     global_bytes_per_thread,
     read_main_loop,
@@ -179,6 +180,7 @@ def test_listing():
     assert global_bytes_per_thread(loop.instructions) == 1
     assert global_bytes_per_thread(["LDG.E.128 R1", "STG.E R1", "LDGSTS.E.BYPASS.128 R1", "LDG.E.U16 R1"]) == 38
     assert count_local_accesses(LISTING) == 1
+    assert [count_lookups(["LDS R1", "LDS.64 R2", "LDS.128 R4", "LDSM.16 R8"], size) for size in (4, 8)] == [1, 1]
     without_tensor = LISTING.replace("HMMA", "FFMA")
     assert family(read_main_loop(without_tensor).instructions[0]) == "LDG"
     without_loop = "\n".join(line for line in without_tensor.splitlines() if "BRA" not in line)
