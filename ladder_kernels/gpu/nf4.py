@@ -228,7 +228,7 @@ def dequantize_nf4(nf4: NF4Tensors, first_row: int, out: Tensor) -> None:
     if count == 0:
         return
     config = dequantize_config(first, count, packed.data_ptr(), out.element_size())
-    # Without double quantization the kernel does not touch the last three.
+    # Without double quantization the three of the second level are None, which Triton takes for constants.
     tensors = (packed, absmax, codebook, absmax_scale, absmax_map, absmax_offset, out)
     numbers = (first, count, block_size.bit_length() - 1, absmax_scale is not None)
     grid = (triton.cdiv(count, config.tile),)
