@@ -1,4 +1,4 @@
-"""Command line: `python -m benchmarks list`, `python -m benchmarks NAME [options]`."""
+"""Command line: `python -m benchmarks list`, `python -m benchmarks NAME [options]`, `python -m benchmarks sass`."""
 
 from __future__ import annotations
 
@@ -11,12 +11,14 @@ from pathlib import Path
 
 import torch
 
+from benchmarks import sass
 from benchmarks.kernels_path import kernels_notice
 from benchmarks.measure import CaseResult, measure_case
 from benchmarks.provenance import FOREIGN_LOAD_LIMIT_PERCENT, mark_of, provenance
 from benchmarks.registry import Benchmark, Case, Context, find_benchmark, load_benchmarks
 from benchmarks.results import RESULTS_FOLDER, append_csv, check_header, csv_rows, table, write_json
 
+EXIT_VIOLATION = 1
 EXIT_USAGE = 2
 EXIT_FOREIGN_LOAD = 3
 
@@ -25,15 +27,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line.
 
     Returns:
-        0; 2 for a wrong argument or a missing competitor; 3 where other processes took too much of the CPU (rows are
-        written, but marked).
+        0; 1 where a kernel breaks the rules of `sass`; 2 for a wrong argument or a missing competitor; 3 where other
+        processes took too much of the CPU (rows are written, but marked).
     """
     options = _parser().parse_args(arguments)
     if options.name == "list":
         print(_listing())
         return 0
     try:
-        return _run(options)
+        return _run_sass(options) if options.name == "sass" else _run(options)
     except ModuleNotFoundError as error:
         print(f"error: {error}; competitors come with `pip install -e '.[peers]'`", file=sys.stderr)
         return EXIT_USAGE
@@ -44,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
-    parser.add_argument("name", metavar="NAME", help="a benchmark, or `list`")
+    parser.add_argument("name", metavar="NAME", help="a benchmark, `sass` or `list`")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
         "--cases", nargs="+", metavar="PATTERN", help="case names, wildcards allowed; default: all of this device"
@@ -56,6 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--json", type=Path, metavar="FILE", help="also write every metric of this run as a list of objects"
     )
+    parser.add_argument("--known", type=Path, metavar="CSV", help="sass: take rows of unchanged kernels from this file")
     return parser
 
 
@@ -65,7 +68,13 @@ def _listing() -> str:
         lines.append(f"{benchmark.name}: {benchmark.summary}")
         lines.append(f"  implementations: {', '.join(item.name for item in benchmark.implementations)}")
         lines += [f"  {case.name} ({', '.join(case.devices)})" for case in benchmark.cases]
+    lines.append("sass: machine code of the GPU kernels for every architecture; needs Triton, no GPU")
     return "\n".join(lines)
+
+
+def _run_sass(options: argparse.Namespace) -> int:
+    out = sass.SASS_CSV if options.out is None else options.out
+    return EXIT_VIOLATION if sass.run(options.cases, out, options.known) else 0
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -15,6 +15,7 @@ import dataclasses
 import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -182,21 +183,30 @@ def quantize_nf4(weight: Tensor, block_size: int = 64, double_quant: bool = True
     weight = weight.detach().contiguous()
     codebook = torch.tensor(NF4_CODES, dtype=torch.float32, device=weight.device)
     thresholds = (codebook[:-1] + codebook[1:]) / 2
-    is_native = weight.device.type == "cpu" and runs_eagerly(weight) and native.available()
-    quantize = native.quantize_nf4 if is_native else reference.quantize_nf4
-    packed, absmax = quantize(weight, thresholds, block_size)
+    kernels = _kernels(weight.device) if runs_eagerly(weight) else reference
+    packed, absmax = kernels.quantize_nf4(weight, thresholds, block_size)
     shape = (weight.shape[0], weight.shape[1])
     if not double_quant:
         return NF4Weight(packed, absmax, codebook, shape, weight.dtype, block_size)
     offset, absmax_map = absmax.mean(), dynamic_map().to(weight.device)
-    codes, scale = reference.quantize_absmax(absmax, absmax_map, offset)
+    # A CPU has so few scales that plain torch does; on a GPU torch divides by multiplying with a reciprocal.
+    kernels = reference if kernels is native else kernels
+    codes, scale = kernels.quantize_absmax(absmax, absmax_map, offset)
     return NF4Weight(packed, codes, codebook, shape, weight.dtype, block_size, scale, absmax_map, offset)
 
 
 def dequantize_rows(nf4: NF4Tensors, first_row: int, out: Tensor) -> None:
     """Decode rows [first_row, first_row + P) into out [P, K], natively where that is possible. Nothing is checked."""
-    dequantize = native.dequantize_nf4 if out.device.type == "cpu" and native.available() else reference.dequantize_nf4
-    dequantize(nf4, first_row, out)
+    _kernels(out.device).dequantize_nf4(nf4, first_row, out)
+
+
+def _kernels(device: torch.device) -> ModuleType:
+    """The module whose kernels run on a device: all have the functions of `reference`, `native` not quite all."""
+    if device.type == "cuda":
+        from ladder_kernels.gpu import nf4
+
+        return nf4
+    return native if device.type == "cpu" and native.available() else reference
 
 
 @torch.library.custom_op(

@@ -18,6 +18,7 @@ from ladder_kernels import native
 
 KERNEL_TESTS = (
     "test_nf4",
+    "test_gpu_nf4",
     "test_nf4_linear",
     "test_tap",
     "test_linear_cross_entropy",
