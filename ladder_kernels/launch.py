@@ -22,7 +22,7 @@ TOKEN_MULTIPLE = 16
 
 # Tokens up to which the fused kernel is launched on a GPU rather than decoded panels and cuBLAS. None of these is
 # measured here. GeForce: a multiply-add of a 128-token tile leaves 64 issue slots per weight on sm_86/89 for a decode
-# of 5, and at 1024 tokens a published fused int4 kernel still led on an A6000; at 2048 the bound on the gain is 4 to 7 %.
+# of 5, and at 1024 tokens a published fused int4 kernel still led on an A6000; at 2048 at most 4 to 7 % are to be won.
 # Data-centre cards: bitsandbytes switches at 128 tokens on an A100 and at 64 on sm_90, where 8 slots are left.
 FUSED_TOKENS = {75: 128, 80: 128, 86: 1024, 89: 1024, 90: 64, 100: 64, 120: 1024}
 # Multiplying with fp16 sums doubles the tensor rate on GeForce only, so only there is the fused kernel worth it always.
@@ -30,7 +30,6 @@ HALF_PRECISION_ARCHITECTURES = (75, 86, 89, 120)
 # Two panels alternate. Both fit in the second-level cache of 36 MiB and more where there is one; 3 MiB on sm_86 and
 # below hold none, so there panels only have to be few.
 GPU_PANEL_BYTES = {75: 32 << 20, 80: 12 << 20, 86: 32 << 20, 89: 12 << 20, 90: 16 << 20, 100: 16 << 20, 120: 12 << 20}
-GEMV_ROWS, GEMV_COLS = 32, 256  # the tile of the kernel for one token, which 128 threads read 32 bytes of each
 CUBLAS_TILE = (128, 256)  # tokens, rows: the usual tile of a large product
 MAX_SPLITS = 16
 MIN_COLS_PER_SPLIT = 512  # a prologue and a sum of partial results have to be worth their while
@@ -80,15 +79,13 @@ class GpuLinearPlan(NamedTuple):
     """How a GPU computes a product with an NF4 weight.
 
     Attributes:
-        method: "gemv" (one token), "gemm" (fused), or "panels" (decode, then cuBLAS).
-        config: of the fused product, else None.
+        config: of the fused product; None where panels are decoded and multiplied by cuBLAS.
         splits: parts that the columns are split into among thread blocks; 1 without partial sums.
         cols_per_split: columns of each part but the last.
-        panel_rows: rows of the weight decoded at a time; 0 for the fused kernels.
+        panel_rows: rows of the weight decoded at a time; 0 for the fused product.
         scratch_bytes: for partial sums [splits, tokens, rows] in fp32, twice for a pair, or two panels.
     """
 
-    method: str
     config: GemmConfig | None
     splits: int
     cols_per_split: int
@@ -131,21 +128,17 @@ def gpu_linear_plan(
     fits = cols > 0 and cols % GROUP == 0 and block_size % GROUP == 0 and itemsize == 2
     if not fits or tokens * rows == 0 or (tokens > FUSED_TOKENS[known] and not always):
         panel = gpu_panel_rows(tokens, rows, cols, itemsize, known, sm_count)
-        return GpuLinearPlan("panels", None, 1, cols, panel, 2 * panel * cols * itemsize)
-    if tokens == 1 and not is_pair:
-        config = None
-        tiles, step = -(-rows // GEMV_ROWS), GEMV_COLS
-    else:
-        config = gemm_config(tokens, is_pair, known)
-        tiles = -(-tokens // config.block_tokens) * -(-rows // config.block_rows)
-        step = config.block_cols
+        return GpuLinearPlan(None, 1, cols, panel, 2 * panel * cols * itemsize)
+    config = gemm_config(tokens, is_pair, known)
+    tiles = -(-tokens // config.block_tokens) * -(-rows // config.block_rows)
+    step = config.block_cols
     # Two thread blocks for every multiprocessor, or one where the tensor cores are busy anyway.
     wanted = (2 if tokens <= CACHED_PANEL_TOKENS else 1) * sm_count // tiles
     splits = max(1, min(wanted, cols // MIN_COLS_PER_SPLIT, MAX_SPLITS))
     cols_per_split = -(-cols // (splits * step)) * step
     splits = -(-cols // cols_per_split)
     scratch = 4 * splits * tokens * rows * (2 if is_pair else 1) if splits > 1 else 0
-    return GpuLinearPlan("gemv" if config is None else "gemm", config, splits, cols_per_split, 0, scratch)
+    return GpuLinearPlan(config, splits, cols_per_split, 0, scratch)
 
 
 def gpu_panel_rows(tokens: int, rows: int, cols: int, itemsize: int, architecture: int, sm_count: int) -> int:

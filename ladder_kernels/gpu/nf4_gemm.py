@@ -17,7 +17,6 @@ data, which costs 64 x 2 register moves per iteration of a 128 x 128 x 64 tile o
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -100,7 +99,7 @@ def _activated(gate, up, DTYPE: tl.constexpr):
     return silu.to(tl.float32) * up.to(DTYPE).to(tl.float32)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def _nf4_gemm_fwd_kernel(
     x_ptr,
     packed_ptr, absmax_ptr, codebook_ptr, absmax_scale_ptr, absmax_map_ptr, absmax_offset_ptr,
@@ -184,21 +183,21 @@ def _nf4_gemm_fwd_kernel(
         tl.store(out_ptr + place, out, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def _nf4_gemm_reduce_fwd_kernel(
-    partial_ptr, bias_ptr, residual_ptr, out_ptr, size, rows,
-    SPLITS: tl.constexpr, IS_PAIR: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
+    partial_ptr, bias_ptr, residual_ptr, out_ptr, size, rows, splits,
+    IS_PAIR: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_RESIDUAL: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """The sums of all splits in order, and the epilogue. partial [SPLITS, 2 of a pair, tokens, rows], `size` items."""
+    """The sums of all splits in order, and the epilogue. partial [splits, 2 of a pair, tokens, rows], `size` items."""
     DTYPE: tl.constexpr = out_ptr.dtype.element_ty
     PARTS: tl.constexpr = 2 if IS_PAIR else 1
     place = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     mask = place < size
     total = tl.zeros((BLOCK,), tl.float32)
     up_total = tl.zeros((BLOCK,), tl.float32)
-    for split in tl.static_range(SPLITS):
-        address = partial_ptr + tl.cast(split * PARTS, tl.int64) * size + place
+    for split in range(splits):
+        address = partial_ptr + (split * PARTS).to(tl.int64) * size + place
         total += tl.load(address, mask=mask, other=0.0)
         if IS_PAIR:
             up_total += tl.load(address + size, mask=mask, other=0.0)
@@ -274,10 +273,10 @@ def nf4_gemm(
         enable_fp_fusion=False,
     )
     if is_split:
-        add_splits(target, plan.splits, is_pair, bias, residual, out)
+        _add_splits(target, plan.splits, is_pair, bias, residual, out)
 
 
-def add_splits(
+def _add_splits(
     partial: Tensor, splits: int, is_pair: bool, bias: Tensor | None, residual: Tensor | None, out: Tensor
 ) -> None:
     """out = the sum of partial [splits, 2 of a pair, M, N] fp32 over its first dimension, and the epilogue."""
@@ -299,14 +298,35 @@ def add_splits(
     )
 
 
-_TRITON_TYPES = {"bf16": ARCHITECTURES, "fp16": (TURING, *ARCHITECTURES)}
+_FLAGS = ("IS_NESTED", "IS_PAIR", "HAS_BIAS", "HAS_RESIDUAL", "IS_SPLIT", "HALF_PRECISION")
 
 
-def _gemm_spec(dtype: str, config: GemmConfig, architectures: tuple[int, ...], **kind: bool) -> KernelSpec:
-    """One variant of the product; `kind` names the constexprs that are set."""
-    flags = dict.fromkeys(
-        ("IS_NESTED", "IS_PAIR", "HAS_BIAS", "HAS_RESIDUAL", "IS_SPLIT", "HALF_PRECISION"), False
-    ) | {name: True for name, is_set in kind.items() if is_set}
+def specs() -> Iterator[KernelSpec]:
+    """Every configuration with plain and nested scales; epilogues where a thread holds most: unsplit, nested."""
+    for dtype, architectures in (("bf16", ARCHITECTURES), ("fp16", (TURING, *ARCHITECTURES))):
+        for is_pair in (False, True):
+            epilogue = ("HAS_BIAS", "HAS_RESIDUAL") if not is_pair else ()
+            pair = ("IS_PAIR",) if is_pair else ()
+            for config, launched_on in _configs(is_pair, architectures).items():
+                yield _gemm_spec(dtype, config, launched_on, *pair)
+                yield _gemm_spec(dtype, config, launched_on, "IS_NESTED", *pair, *epilogue)
+                yield _gemm_spec(dtype, config, launched_on, "IS_NESTED", "IS_SPLIT", *pair)
+                if dtype == "fp16":
+                    yield _gemm_spec(dtype, config, launched_on, "IS_NESTED", "HALF_PRECISION", *pair, *epilogue)
+            yield _reduce_spec(dtype, architectures, *pair, *epilogue)
+
+
+def _configs(is_pair: bool, architectures: tuple[int, ...]) -> dict[GemmConfig, tuple[int, ...]]:
+    """Each configuration that some number of tokens leads to, with the architectures it is launched on."""
+    found: dict[GemmConfig, tuple[int, ...]] = {}
+    for architecture in architectures:
+        for config in {gemm_config(tokens, is_pair, architecture): None for tokens in (1, 32, 64, 128)}:
+            found[config] = (*found.get(config, ()), architecture)
+    return found
+
+
+def _gemm_spec(dtype: str, config: GemmConfig, architectures: tuple[int, ...], *set_flags: str) -> KernelSpec:
+    flags = {flag: flag in set_flags for flag in _FLAGS}
     weight = {
         "packed_ptr": "*u8",
         "absmax_ptr": "*u8" if flags["IS_NESTED"] else "*fp32",
@@ -337,5 +357,20 @@ def _gemm_spec(dtype: str, config: GemmConfig, architectures: tuple[int, ...], *
         num_stages=config.num_stages,
         architectures=architectures,
         uses_tensor_cores=True,
-        weights_per_iteration=weights if config.is_wide else 0,
+        weights_per_iteration=weights if config.is_wide else 0,  # a look-up of nibbles is meant to take more
+    )
+
+
+def _reduce_spec(dtype: str, architectures: tuple[int, ...], *set_flags: str) -> KernelSpec:
+    pointers = dict.fromkeys(("bias_ptr", "residual_ptr", "out_ptr"), f"*{dtype}")
+    flags = {flag: flag in set_flags for flag in ("IS_PAIR", "HAS_BIAS", "HAS_RESIDUAL")}
+    return KernelSpec(
+        name=f"nf4_gemm.reduce.{dtype}" + "".join(f".{flag.lower()}" for flag in flags if flags[flag]),
+        kernel=_nf4_gemm_reduce_fwd_kernel,
+        types=pointers | {"partial_ptr": "*fp32", "size": "i32", "rows": "i32", "splits": "i32"},
+        constants={**flags, "BLOCK": _REDUCE_BLOCK},
+        divisible=("size", "rows"),
+        num_warps=4,
+        num_stages=1,
+        architectures=architectures,
     )
