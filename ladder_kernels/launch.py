@@ -23,10 +23,11 @@ TOKEN_MULTIPLE = 16
 # Tokens up to which the fused kernel is launched on a GPU rather than decoded panels and cuBLAS. None of these is
 # measured here. GeForce: a multiply-add of a 128-token tile leaves 64 issue slots per weight on sm_86/89 for a decode
 # of 5, and at 1024 tokens a published fused int4 kernel still led on an A6000; at 2048 at most 4 to 7 % are to be won.
-# Data-centre cards: bitsandbytes switches at 128 tokens on an A100 and at 64 on sm_90, where 8 slots are left.
-FUSED_TOKENS = {75: 128, 80: 128, 86: 1024, 89: 1024, 90: 64, 100: 64, 120: 1024}
+# Data-centre cards: bitsandbytes switches at 128 tokens on an A100 and at 64 on sm_90, where 8 slots are left. Triton
+# (3.6, 3.7) has no tensor-core product for sm_75: what it compiles there instead spills 2 KiB a thread.
+FUSED_TOKENS = {75: 0, 80: 128, 86: 1024, 89: 1024, 90: 64, 100: 64, 120: 1024}
 # Multiplying with fp16 sums doubles the tensor rate on GeForce only, so only there is the fused kernel worth it always.
-HALF_PRECISION_ARCHITECTURES = (75, 86, 89, 120)
+HALF_PRECISION_ARCHITECTURES = (86, 89, 120)
 # Two panels alternate. Both fit in the second-level cache of 36 MiB and more where there is one; 3 MiB on sm_86 and
 # below hold none, so there panels only have to be few.
 GPU_PANEL_BYTES = {75: 32 << 20, 80: 12 << 20, 86: 32 << 20, 89: 12 << 20, 90: 16 << 20, 100: 16 << 20, 120: 12 << 20}
@@ -93,17 +94,17 @@ class GpuLinearPlan(NamedTuple):
     scratch_bytes: int
 
 
-def gemm_config(tokens: int, is_pair: bool, architecture: int) -> GemmConfig:
+def gemm_config(tokens: int, is_pair: bool) -> GemmConfig:
     """Configuration of the fused product for so many tokens; a pair has half the rows, with two sums for each."""
-    stages = 2 if architecture == 75 else 3  # without asynchronous copies there is nothing to have in flight
     if tokens <= 16:
-        config = GemmConfig(16, 64, 128, 4, stages, False)
+        config = GemmConfig(16, 64, 128, 4, 3, False)
     elif tokens <= 32:
-        config = GemmConfig(32, 64, 128, 4, stages, False)
-    elif tokens <= 64 or architecture == 75:
-        config = GemmConfig(64, 128, 64, 8, stages, True)
+        # 128 columns of a pair do not fit in the registers of sm_86.
+        config = GemmConfig(32, 64, 64 if is_pair else 128, 4, 3, False)
+    elif tokens <= 64:
+        config = GemmConfig(64, 128, 64, 8, 3, True)
     else:
-        config = GemmConfig(128, 128, 64, 8, 2 if is_pair else stages, True)
+        config = GemmConfig(128, 128, 64, 8, 2 if is_pair else 3, True)
     return config._replace(block_rows=config.block_rows // 2) if is_pair else config
 
 
@@ -129,7 +130,7 @@ def gpu_linear_plan(
     if not fits or tokens * rows == 0 or (tokens > FUSED_TOKENS[known] and not always):
         panel = gpu_panel_rows(tokens, rows, cols, itemsize, known, sm_count)
         return GpuLinearPlan(None, 1, cols, panel, 2 * panel * cols * itemsize)
-    config = gemm_config(tokens, is_pair, known)
+    config = gemm_config(tokens, is_pair)
     tiles = -(-tokens // config.block_tokens) * -(-rows // config.block_rows)
     step = config.block_cols
     # Two thread blocks for every multiprocessor, or one where the tensor cores are busy anyway.

@@ -23,8 +23,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ladder_kernels.gpu.spec import ARCHITECTURES, TURING, KernelSpec
-from ladder_kernels.launch import GROUP, GemmConfig, GpuLinearPlan, gemm_config
+from ladder_kernels.gpu.spec import ARCHITECTURES, KernelSpec
+from ladder_kernels.launch import GROUP, HALF_PRECISION_ARCHITECTURES, GemmConfig, GpuLinearPlan, gemm_config
 from ladder_kernels.nf4_tensors import NF4Tensors
 
 _REDUCE_BLOCK = 512
@@ -303,29 +303,20 @@ _FLAGS = ("IS_NESTED", "IS_PAIR", "HAS_BIAS", "HAS_RESIDUAL", "IS_SPLIT", "HALF_
 
 def specs() -> Iterator[KernelSpec]:
     """Every configuration with plain and nested scales; epilogues where a thread holds most: unsplit, nested."""
-    for dtype, architectures in (("bf16", ARCHITECTURES), ("fp16", (TURING, *ARCHITECTURES))):
+    for dtype in ("bf16", "fp16"):
         for is_pair in (False, True):
-            epilogue = ("HAS_BIAS", "HAS_RESIDUAL") if not is_pair else ()
-            pair = ("IS_PAIR",) if is_pair else ()
-            for config, launched_on in _configs(is_pair, architectures).items():
-                yield _gemm_spec(dtype, config, launched_on, *pair)
-                yield _gemm_spec(dtype, config, launched_on, "IS_NESTED", *pair, *epilogue)
-                yield _gemm_spec(dtype, config, launched_on, "IS_NESTED", "IS_SPLIT", *pair)
+            flags = ("IS_PAIR",) if is_pair else ()
+            epilogue = () if is_pair else ("HAS_BIAS", "HAS_RESIDUAL")
+            for config in {gemm_config(tokens, is_pair): None for tokens in (1, 32, 64, 128)}:
+                yield _gemm_spec(dtype, config, *flags)
+                yield _gemm_spec(dtype, config, "IS_NESTED", *flags, *epilogue)
+                yield _gemm_spec(dtype, config, "IS_NESTED", "IS_SPLIT", *flags)
                 if dtype == "fp16":
-                    yield _gemm_spec(dtype, config, launched_on, "IS_NESTED", "HALF_PRECISION", *pair, *epilogue)
-            yield _reduce_spec(dtype, architectures, *pair, *epilogue)
+                    yield _gemm_spec(dtype, config, "IS_NESTED", "HALF_PRECISION", *flags, *epilogue)
+            yield _reduce_spec(dtype, *flags, *epilogue)
 
 
-def _configs(is_pair: bool, architectures: tuple[int, ...]) -> dict[GemmConfig, tuple[int, ...]]:
-    """Each configuration that some number of tokens leads to, with the architectures it is launched on."""
-    found: dict[GemmConfig, tuple[int, ...]] = {}
-    for architecture in architectures:
-        for config in {gemm_config(tokens, is_pair, architecture): None for tokens in (1, 32, 64, 128)}:
-            found[config] = (*found.get(config, ()), architecture)
-    return found
-
-
-def _gemm_spec(dtype: str, config: GemmConfig, architectures: tuple[int, ...], *set_flags: str) -> KernelSpec:
+def _gemm_spec(dtype: str, config: GemmConfig, *set_flags: str) -> KernelSpec:
     flags = {flag: flag in set_flags for flag in _FLAGS}
     weight = {
         "packed_ptr": "*u8",
@@ -355,13 +346,13 @@ def _gemm_spec(dtype: str, config: GemmConfig, architectures: tuple[int, ...], *
         divisible=("rows", "cols", "cols_per_split"),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        architectures=architectures,
+        architectures=HALF_PRECISION_ARCHITECTURES if flags["HALF_PRECISION"] else ARCHITECTURES,
         uses_tensor_cores=True,
         weights_per_iteration=weights if config.is_wide else 0,  # a look-up of nibbles is meant to take more
     )
 
 
-def _reduce_spec(dtype: str, architectures: tuple[int, ...], *set_flags: str) -> KernelSpec:
+def _reduce_spec(dtype: str, *set_flags: str) -> KernelSpec:
     pointers = dict.fromkeys(("bias_ptr", "residual_ptr", "out_ptr"), f"*{dtype}")
     flags = {flag: flag in set_flags for flag in ("IS_PAIR", "HAS_BIAS", "HAS_RESIDUAL")}
     return KernelSpec(
@@ -372,5 +363,4 @@ def _reduce_spec(dtype: str, architectures: tuple[int, ...], *set_flags: str) ->
         divisible=("size", "rows"),
         num_warps=4,
         num_stages=1,
-        architectures=architectures,
     )
