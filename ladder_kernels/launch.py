@@ -129,7 +129,7 @@ def gpu_linear_plan(
     fits = cols > 0 and cols % GROUP == 0 and block_size % GROUP == 0 and itemsize == 2
     if not fits or tokens * rows == 0 or (tokens > FUSED_TOKENS[known] and not always):
         panel = gpu_panel_rows(tokens, rows, cols, itemsize, known, sm_count)
-        return GpuLinearPlan(None, 1, cols, panel, 2 * panel * cols * itemsize)
+        return GpuLinearPlan(None, 1, cols, panel, min(2, -(-rows // panel)) * panel * cols * itemsize)
     config = gemm_config(tokens, is_pair)
     tiles = -(-tokens // config.block_tokens) * -(-rows // config.block_rows)
     step = config.block_cols
@@ -148,7 +148,7 @@ def gpu_panel_rows(tokens: int, rows: int, cols: int, itemsize: int, architectur
     A product whose tiles fill the multiprocessors 1.1 times takes as long as one that fills them twice.
     """
     if rows * cols == 0:
-        return rows
+        return max(1, rows)
     tile_tokens, tile_rows = CUBLAS_TILE
     fitting = max(1, GPU_PANEL_BYTES[architecture] // (cols * itemsize))
     if rows <= fitting:

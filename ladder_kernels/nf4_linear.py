@@ -178,14 +178,19 @@ def nf4_linear(
 
 
 def nf4_swiglu(
-    x: Tensor, gate_weight: NF4Weight, up_weight: NF4Weight, *, workspace: Workspace | None = None
+    x: Tensor,
+    gate_weight: NF4Weight,
+    up_weight: NF4Weight,
+    *,
+    allow_fp16_sums: bool = False,
+    workspace: Workspace | None = None,
 ) -> Tensor:
     """silu(x @ gate_weight^T) * (x @ up_weight^T), both products and silu rounded to x.dtype.
 
     Args:
         x: [T, K] fp32, bf16 or fp16.
         gate_weight, up_weight: [N, K].
-        workspace: as for `nf4_linear`.
+        allow_fp16_sums, workspace: as for `nf4_linear`.
 
     Returns:
         [T, N] in x.dtype.
@@ -198,14 +203,16 @@ def nf4_swiglu(
         raise ValueError(f"nf4_swiglu: expected up_weight of shape {gate_weight.shape}, got {up_weight.shape}")
     workspace = Workspace() if workspace is None else workspace
     if x.is_cuda and runs_eagerly(x, gate_weight.packed, up_weight.packed):
-        out = _fused_swiglu(x, gate_weight, up_weight, workspace)
+        out = _fused_swiglu(x, gate_weight, up_weight, workspace, allow_fp16_sums)
         if out is not None:
             return out
-    gate = nf4_linear(x, gate_weight, workspace=workspace)
-    return swiglu_(gate, nf4_linear(x, up_weight, workspace=workspace))
+    gate = nf4_linear(x, gate_weight, allow_fp16_sums=allow_fp16_sums, workspace=workspace)
+    return swiglu_(gate, nf4_linear(x, up_weight, allow_fp16_sums=allow_fp16_sums, workspace=workspace))
 
 
-def _fused_swiglu(x: Tensor, gate_weight: NF4Weight, up_weight: NF4Weight, workspace: Workspace) -> Tensor | None:
+def _fused_swiglu(
+    x: Tensor, gate_weight: NF4Weight, up_weight: NF4Weight, workspace: Workspace, allow_fp16_sums: bool
+) -> Tensor | None:
     """None where one kernel cannot do it, or two products and a third pass are planned to be faster."""
     from ladder_kernels.gpu import nf4_linear as gpu
 
@@ -215,10 +222,10 @@ def _fused_swiglu(x: Tensor, gate_weight: NF4Weight, up_weight: NF4Weight, works
     check_nf4_linear(x, None, rows, up)
     if gate.block_size != up.block_size or gate_weight.double_quant != up_weight.double_quant:
         return None
-    plan = gpu.linear_plan_for(x, rows, gate, is_pair=True)
+    plan = gpu.linear_plan_for(x, rows, gate, is_pair=True, half_precision=allow_fp16_sums)
     if plan.config is None:
         return None
     scratch = workspace.take("nf4_linear", (plan.scratch_bytes,), torch.uint8, x.device)
     out = x.new_empty(x.shape[0], rows)
-    gpu.nf4_gemm(x.contiguous(), gate, up, None, None, plan, scratch, out)
+    gpu.nf4_swiglu(x.contiguous(), gate, up, plan, scratch, out, half_precision=allow_fp16_sums)
     return out

@@ -196,11 +196,12 @@ def _nf4_gemm_reduce_fwd_kernel(
     mask = place < size
     total = tl.zeros((BLOCK,), tl.float32)
     up_total = tl.zeros((BLOCK,), tl.float32)
-    for split in range(splits):
-        address = partial_ptr + (split * PARTS).to(tl.int64) * size + place
+    address = partial_ptr + place
+    for _ in range(splits):
         total += tl.load(address, mask=mask, other=0.0)
         if IS_PAIR:
             up_total += tl.load(address + size, mask=mask, other=0.0)
+        address += PARTS * size
     if HAS_BIAS:
         total += tl.load(bias_ptr + place % rows, mask=mask, other=0.0).to(tl.float32)
     if IS_PAIR:
@@ -237,7 +238,7 @@ def nf4_gemm(
         up: the second weight of a pair, of which `nf4` is the gate: same shape, block size and kind of scales.
         bias: [N], not with a pair. residual: [M, N], may be `out`.
         plan: from `gpu_linear_plan` with the same arguments; its scratch_bytes are read from `scratch`, uint8.
-        half_precision: sum in fp16 within 64 or 128 columns; x in fp16 only.
+        half_precision: sum in fp16 within the columns of a tile, 64 or 128; x in fp16 only.
     """
     assert plan.config is not None
     config, (tokens, cols), rows = plan.config, x.shape, out.shape[1]
@@ -302,18 +303,19 @@ _FLAGS = ("IS_NESTED", "IS_PAIR", "HAS_BIAS", "HAS_RESIDUAL", "IS_SPLIT", "HALF_
 
 
 def specs() -> Iterator[KernelSpec]:
-    """Every configuration with plain and nested scales; epilogues where a thread holds most: unsplit, nested."""
-    for dtype in ("bf16", "fp16"):
-        for is_pair in (False, True):
-            flags = ("IS_PAIR",) if is_pair else ()
-            epilogue = () if is_pair else ("HAS_BIAS", "HAS_RESIDUAL")
-            for config in {gemm_config(tokens, is_pair): None for tokens in (1, 32, 64, 128)}:
-                yield _gemm_spec(dtype, config, *flags)
-                yield _gemm_spec(dtype, config, "IS_NESTED", *flags, *epilogue)
-                yield _gemm_spec(dtype, config, "IS_NESTED", "IS_SPLIT", *flags)
-                if dtype == "fp16":
-                    yield _gemm_spec(dtype, config, "IS_NESTED", "HALF_PRECISION", *flags, *epilogue)
-            yield _reduce_spec(dtype, *flags, *epilogue)
+    """Every configuration with what fills registers most, nested scales and an epilogue; other variants once."""
+    for is_pair in (False, True):
+        flags = ("IS_PAIR",) if is_pair else ()
+        heaviest = ("IS_NESTED", *(flags or ("HAS_BIAS", "HAS_RESIDUAL")))
+        for config in {gemm_config(tokens, is_pair): None for tokens in (1, 32, 64, 128)}:
+            yield _gemm_spec("bf16", config, *heaviest)
+            yield _gemm_spec("fp16", config, *heaviest)
+            yield _gemm_spec("fp16", config, *heaviest, "HALF_PRECISION")
+            if not is_pair:
+                yield _gemm_spec("bf16", config, "IS_NESTED", "IS_SPLIT")
+        yield _gemm_spec("bf16", gemm_config(128, is_pair), *flags)
+        for dtype in ("bf16", "fp16"):
+            yield _reduce_spec(dtype, *heaviest[1:])
 
 
 def _gemm_spec(dtype: str, config: GemmConfig, *set_flags: str) -> KernelSpec:

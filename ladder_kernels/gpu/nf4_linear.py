@@ -7,7 +7,7 @@ import functools
 import torch
 from torch import Tensor
 
-from ladder_kernels.gpu.nf4_gemm import nf4_gemm as nf4_gemm
+from ladder_kernels.gpu.nf4_gemm import nf4_gemm
 from ladder_kernels.gpu.nf4_panels import nf4_linear_panels
 from ladder_kernels.gpu.spec import architecture
 from ladder_kernels.launch import GpuLinearPlan, gpu_linear_plan
@@ -46,7 +46,23 @@ def nf4_linear(
         half_precision = half_precision and x.dtype == torch.float16
         nf4_gemm(x, nf4, None, bias, residual, plan, scratch, out, half_precision=half_precision)
         return
-    panels = scratch[: plan.scratch_bytes].view(x.dtype).view(2, plan.panel_rows, x.shape[1])
+    count = min(2, -(-out.shape[1] // plan.panel_rows))
+    panels = scratch[: plan.scratch_bytes].view(x.dtype).view(count, plan.panel_rows, x.shape[1])
     nf4_linear_panels(x, nf4, bias, panels, out)
     if residual is not None:
         out.add_(residual)
+
+
+def nf4_swiglu(
+    x: Tensor,
+    gate: NF4Tensors,
+    up: NF4Tensors,
+    plan: GpuLinearPlan,
+    scratch: Tensor,
+    out: Tensor,
+    *,
+    half_precision: bool = False,
+) -> None:
+    """Write silu(x W_gate^T) * (x W_up^T) to out [M, N] by the fused kernel, which the plan has to be for."""
+    half_precision = half_precision and x.dtype == torch.float16
+    nf4_gemm(x, gate, up, None, None, plan, scratch, out, half_precision=half_precision)

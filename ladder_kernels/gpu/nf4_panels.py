@@ -21,7 +21,7 @@ def nf4_linear_panels(x: Tensor, nf4: NF4Tensors, bias: Tensor | None, panels: T
     """Write x [M, K] @ W^T + bias to out [M, N], in x.dtype.
 
     Args:
-        panels: [2, P, K] scratch in x.dtype: P rows of W are decoded at a time.
+        panels: [2, P, K] scratch in x.dtype, or [1, P, K] with P >= N: P rows of W are decoded at a time.
     """
     for begin, panel in _decoded(nf4, out.shape[1], panels):
         columns = slice(begin, begin + panel.shape[0])
@@ -37,7 +37,7 @@ def nf4_linear_dx(dy: Tensor, nf4: NF4Tensors, cols: int, panels: Tensor, out: T
     The sums over panels are kept in fp32: rounding each to 16 bits would cost a vocabulary of 152k a dozen roundings.
 
     Args:
-        panels: [2, P, K] scratch in dy.dtype.
+        panels: as for `nf4_linear_panels`.
     """
     total = torch.zeros(dy.shape[0], cols, dtype=torch.float32, device=dy.device)
     for begin, panel in _decoded(nf4, dy.shape[1], panels):
@@ -52,7 +52,10 @@ def nf4_linear_dx(dy: Tensor, nf4: NF4Tensors, cols: int, panels: Tensor, out: T
 def _decoded(nf4: NF4Tensors, rows: int, panels: Tensor) -> Iterator[tuple[int, Tensor]]:
     """Yield the first row and the decoded weights of each panel; they hold until the next one is asked for."""
     size = panels.shape[1]
-    parts = [(begin, panels[index % 2, : min(size, rows - begin)]) for index, begin in enumerate(range(0, rows, size))]
+    parts = [
+        (begin, panels[index % panels.shape[0], : min(size, rows - begin)])
+        for index, begin in enumerate(range(0, rows, size))
+    ]
     if not panels.is_cuda or len(parts) == 1:
         for begin, panel in parts:
             dequantize_rows(nf4, begin, panel)
