@@ -66,6 +66,13 @@ def _linear_dense(case: Case, context: Context) -> Runnable:
     return Runnable(torch.no_grad()(lambda: F.linear(x, weight)), bytes_moved=traffic)
 
 
+def _linear_dense_fp32(case: Case, context: Context) -> Runnable:
+    """The GEMM that bounds 16-bit products on a CPU without 16-bit units: twice the bytes, no conversions."""
+    weight, x = _dense(case, context).float(), _input(case, context).float()
+    traffic = weight.nbytes + 2 * x.nbytes
+    return Runnable(torch.no_grad()(lambda: F.linear(x, weight)), bytes_moved=traffic, details="fp32")
+
+
 def _linear_bitsandbytes(case: Case, context: Context) -> Runnable:
     """A `Linear4bit` in evaluation mode, which picks bitsandbytes' packed CPU path where the machine has one."""
     from bitsandbytes.nn import Linear4bit, Params4bit
@@ -218,6 +225,7 @@ BENCHMARKS = (
         implementations=(
             Implementation("ladder_kernels", _linear_ours, "ours"),
             Implementation("dense", _linear_dense),
+            Implementation("dense_fp32", _linear_dense_fp32, "bound"),
             Implementation("bitsandbytes", _linear_bitsandbytes),
             Implementation("bitsandbytes_matmul", _linear_bitsandbytes_matmul),
         ),

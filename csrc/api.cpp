@@ -26,7 +26,7 @@ int64_t row_grain(int64_t elements, int64_t width) {
 }  // namespace
 
 // Raised whenever a signature or a struct below changes; native.py refuses another number.
-LADDER_API int32_t ladder_abi_version() { return 2; }
+LADDER_API int32_t ladder_abi_version() { return 3; }
 
 LADDER_API const char* ladder_isa() { return ladder::current_isa().name; }
 
@@ -41,13 +41,14 @@ LADDER_API int32_t ladder_select_isa(const char* name) {
     return 0;
 }
 
-// Decode elements [first, first + count) of the flattened matrix to `out` of dtype 0 fp32, 1 bf16 or 2 fp16.
-LADDER_API void ladder_dequantize_nf4(const ladder::NF4View* view, int64_t first, int64_t count, int32_t dtype,
+// Decode elements [first, first + count) of the flattened matrix to `out`: 0 fp32, 1 bf16, 2 fp16, 3 bf16 or 4 fp16 kept
+// in fp32.
+LADDER_API void ladder_dequantize_nf4(const ladder::NF4View* view, int64_t first, int64_t count, int32_t decoded,
                                       void* out, int32_t threads) {
     ladder::DequantizeFn* dequantize = ladder::current_isa().vector->dequantize;
-    const int64_t item = dtype == ladder::kFloat32 ? 4 : 2;
+    const int64_t item = decoded == ladder::kBFloat16 || decoded == ladder::kFloat16 ? 2 : 4;
     ladder::parallel_for(count, kDequantizeGrain, threads, [&](int64_t begin, int64_t end) {
-        dequantize(*view, first + begin, end - begin, dtype, static_cast<char*>(out) + begin * item);
+        dequantize(*view, first + begin, end - begin, decoded, static_cast<char*>(out) + begin * item);
     });
 }
 

@@ -1,18 +1,18 @@
 // NF4 decode with AVX2: two permutes of half tables yield 8 fp32 weights, two byte shuffles 32 16-bit weights.
-#include <immintrin.h>
-
 #include <cstring>
 
 #include "dequantize.h"
+#include "rounding_avx2.h"
 
 namespace ladder {
 namespace {
 
+template <typename Rounding>
 struct Decode32 {
     static void fill(const float* codebook, float scale, float* table) {
         const __m256 factor = _mm256_set1_ps(scale);
-        _mm256_store_ps(table, _mm256_mul_ps(_mm256_loadu_ps(codebook), factor));
-        _mm256_store_ps(table + 8, _mm256_mul_ps(_mm256_loadu_ps(codebook + 8), factor));
+        _mm256_store_ps(table, Rounding::round(_mm256_mul_ps(_mm256_loadu_ps(codebook), factor)));
+        _mm256_store_ps(table + 8, Rounding::round(_mm256_mul_ps(_mm256_loadu_ps(codebook + 8), factor)));
     }
 
     static void run(const uint8_t* bytes, const float* table, int64_t pairs, float* out) {
@@ -28,33 +28,7 @@ struct Decode32 {
             const __m256 small = _mm256_permutevar8x32_ps(low, index), large = _mm256_permutevar8x32_ps(high, index);
             _mm256_storeu_ps(out + 2 * i, _mm256_blendv_ps(small, large, pick));
         }
-        for (; i < pairs; ++i) {
-            out[2 * i] = table[bytes[i] >> 4];
-            out[2 * i + 1] = table[bytes[i] & 15];
-        }
-    }
-};
-
-// Both return the 16 rounded values as 16-bit lanes.
-struct BFloat16Rounding {
-    static __m256i round(__m256 first, __m256 second) {
-        const __m256i packed = _mm256_packus_epi32(round_half(first), round_half(second));
-        return _mm256_permute4x64_epi64(packed, 0xd8);  // the pack works within 128-bit lanes
-    }
-
-    static __m256i round_half(__m256 values) {
-        const __m256i bits = _mm256_castps_si256(values);
-        const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-        const __m256i sum = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-        const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(values, values, _CMP_UNORD_Q));
-        return _mm256_blendv_epi8(_mm256_srli_epi32(sum, 16), _mm256_set1_epi32(0x7fc0), is_nan);
-    }
-};
-
-struct Float16Rounding {
-    static __m256i round(__m256 first, __m256 second) {
-        constexpr int kNearest = _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC;
-        return _mm256_set_m128i(_mm256_cvtps_ph(second, kNearest), _mm256_cvtps_ph(first, kNearest));
+        look_up_pairs(bytes, table, i, pairs, out);
     }
 };
 
@@ -64,7 +38,7 @@ struct Decode16 {
         const __m256 factor = _mm256_set1_ps(scale);
         const __m256 first = _mm256_mul_ps(_mm256_loadu_ps(codebook), factor);
         const __m256 second = _mm256_mul_ps(_mm256_loadu_ps(codebook + 8), factor);
-        _mm256_store_si256(reinterpret_cast<__m256i*>(table), Rounding::round(first, second));
+        _mm256_store_si256(reinterpret_cast<__m256i*>(table), Rounding::narrow(first, second));
     }
 
     static void run(const uint8_t* bytes, const uint16_t* table, int64_t pairs, uint16_t* out) {
@@ -83,10 +57,7 @@ struct Decode16 {
             _mm256_storeu_si256(target, _mm256_permute2x128_si256(first, second, 0x20));
             _mm256_storeu_si256(target + 1, _mm256_permute2x128_si256(first, second, 0x31));
         }
-        for (; i < pairs; ++i) {
-            out[2 * i] = table[bytes[i] >> 4];
-            out[2 * i + 1] = table[bytes[i] & 15];
-        }
+        look_up_pairs(bytes, table, i, pairs, out);
     }
 
     // 16 bytes from 16-bit lanes, once in each half.
@@ -98,15 +69,9 @@ struct Decode16 {
 
 }  // namespace
 
-void dequantize_avx2(const NF4View& view, int64_t first, int64_t count, int32_t dtype, void* out) {
-    switch (dtype) {
-        case kFloat32:
-            return dequantize_blocks<Decode32>(view, first, count, static_cast<float*>(out));
-        case kBFloat16:
-            return dequantize_blocks<Decode16<BFloat16Rounding>>(view, first, count, static_cast<uint16_t*>(out));
-        default:
-            return dequantize_blocks<Decode16<Float16Rounding>>(view, first, count, static_cast<uint16_t*>(out));
-    }
+void dequantize_avx2(const NF4View& view, int64_t first, int64_t count, int32_t decoded, void* out) {
+    dequantize_any<Decode32<Unrounded>, Decode16<ThroughBFloat16>, Decode16<ThroughFloat16>, Decode32<ThroughBFloat16>,
+                   Decode32<ThroughFloat16>>(view, first, count, decoded, out);
 }
 
 }  // namespace ladder

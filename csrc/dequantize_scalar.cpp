@@ -12,26 +12,16 @@ struct ScalarDecode {
     }
 
     static void run(const uint8_t* bytes, const Out* table, int64_t pairs, Out* out) {
-        for (int64_t i = 0; i < pairs; ++i) {
-            out[2 * i] = table[bytes[i] >> 4];
-            out[2 * i + 1] = table[bytes[i] & 15];
-        }
+        look_up_pairs(bytes, table, 0, pairs, out);
     }
 };
 
 }  // namespace
 
-void dequantize_scalar(const NF4View& view, int64_t first, int64_t count, int32_t dtype, void* out) {
-    switch (dtype) {
-        case kFloat32:
-            return dequantize_blocks<ScalarDecode<float, as_is>>(view, first, count, static_cast<float*>(out));
-        case kBFloat16:
-            return dequantize_blocks<ScalarDecode<uint16_t, float_to_bf16>>(view, first, count,
-                                                                            static_cast<uint16_t*>(out));
-        default:
-            return dequantize_blocks<ScalarDecode<uint16_t, float_to_fp16>>(view, first, count,
-                                                                            static_cast<uint16_t*>(out));
-    }
+void dequantize_scalar(const NF4View& view, int64_t first, int64_t count, int32_t decoded, void* out) {
+    dequantize_any<ScalarDecode<float, as_is>, ScalarDecode<uint16_t, float_to_bf16>,
+                   ScalarDecode<uint16_t, float_to_fp16>, ScalarDecode<float, through_bf16>,
+                   ScalarDecode<float, through_fp16>>(view, first, count, decoded, out);
 }
 
 }  // namespace ladder

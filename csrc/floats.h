@@ -55,5 +55,8 @@ inline float fp16_to_float(uint16_t value) {
     return bits_float(sign | float_bits(static_cast<float>(static_cast<int32_t>(magnitude)) * 5.9604644775390625e-8f));
 }
 
+inline float through_bf16(float value) { return bf16_to_float(float_to_bf16(value)); }
+inline float through_fp16(float value) { return fp16_to_float(float_to_fp16(value)); }
+
 }  // namespace
 }  // namespace ladder

@@ -119,8 +119,8 @@ const Isa kIsas[] = {
     {"avx512bf16", has_avx512bf16, arrange_avx512bf16, multiply_avx512bf16, &kAvx512},
 #endif
 #ifdef LADDER_X86
-    {"avx512", has_avx512, arrange_vector, multiply_avx512, &kAvx512},
-    {"avx2", has_avx2, arrange_vector, multiply_avx2, &kAvx2},
+    {"avx512", has_avx512, arrange_avx512, multiply_avx512, &kAvx512},
+    {"avx2", has_avx2, arrange_avx2, multiply_avx2, &kAvx2},
 #endif
     {"scalar", always, arrange_scalar, multiply_scalar, &kScalar},
 };

@@ -21,6 +21,9 @@ struct NF4View {
 
 enum DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 
+// What a weight is decoded to: a DType, or one of these, rounded to 16 bits and kept in fp32 for an fp32 product.
+enum Decoded : int32_t { kBFloat16InFloat32 = 3, kFloat16InFloat32 = 4 };
+
 // out[t, n] = sum over k of x[t, k] * W[n, k] + bias[n], for few tokens t: each packed weight is read from memory once.
 // W is decoded to `dtype` and multiplied in fp32.
 struct Product {
@@ -84,8 +87,9 @@ struct SwiGlu {
     int32_t dtype;
 };
 
-// Decode elements [first, first + count) to out[0 .. count): codebook value times scale in fp32, rounded once.
-using DequantizeFn = void(const NF4View& view, int64_t first, int64_t count, int32_t dtype, void* out);
+// Decode elements [first, first + count) to out[0 .. count): codebook value times scale in fp32, rounded once. `decoded`:
+// a DType or a Decoded.
+using DequantizeFn = void(const NF4View& view, int64_t first, int64_t count, int32_t decoded, void* out);
 
 // Encode elements [first, first + count), where first is a multiple of block_size. `total` is the size of the whole
 // matrix: its last block, if partial, divides by absmax where full blocks multiply by the reciprocal.
@@ -108,7 +112,7 @@ using SwiGluFn = void(const SwiGlu& call, int64_t begin, int64_t end);
 
 DequantizeFn dequantize_scalar, dequantize_avx2, dequantize_avx512;
 QuantizeFn quantize_scalar, quantize_avx2, quantize_avx512;
-ArrangeFn arrange_scalar, arrange_vector, arrange_avx512bf16, arrange_amx;
+ArrangeFn arrange_scalar, arrange_avx2, arrange_avx512, arrange_avx512bf16, arrange_amx;
 MultiplyFn multiply_scalar, multiply_avx2, multiply_avx512, multiply_avx512bf16, multiply_amx;
 CrossEntropyFn cross_entropy_scalar, cross_entropy_avx2, cross_entropy_avx512;
 RmsNormFn rms_norm_scalar, rms_norm_avx2, rms_norm_avx512;

@@ -3,7 +3,8 @@
 // A row of W is met in groups of 64 elements, 32 packed bytes. Read as eight 32-bit words, nibble j of all words is one
 // vector of indices, so a shift and a permute yield 8 or 16 weights, but in another order than memory's: word w holds
 // elements 8w .. 8w + 7, and its nibble j, counted from the lowest bit, is element j ^ 1 of them. A dot product does not
-// mind, as long as x is put in that order too, once for all rows: this is what an ArrangeFn does.
+// mind, as long as x is put in that order too, once for all rows: this is what an ArrangeFn does. It also puts the
+// vectors of the tokens of a tile side by side: rows a power of two apart would share a few sets of the cache.
 #pragma once
 
 #include "floats.h"
@@ -52,13 +53,37 @@ inline void finish(const Product& product, int64_t token, int64_t row, float sum
             product.dtype == kBFloat16 ? float_to_bf16(sum) : float_to_fp16(sum);
 }
 
+// Tokens of the next tile: a power of two, at most `most`. A kernel for every number of tokens would multiply the code for
+// the sake of odd batches.
+inline int64_t tile_tokens(int64_t tokens_left, int64_t most) {
+    while (most > tokens_left) most /= 2;
+    return most;
+}
+
+// x in fp32 for kernels that read 16 numbers of a token at a time: [tile][group][4][token][16], the sixteen being nibble j
+// of the eight words, then nibble j + 4 of them.
+template <int kTokens>
+void arrange_floats(const Product& product) {
+    float* target = static_cast<float*>(product.arranged);
+    for (int64_t first = 0, tile = 0; first < product.tokens; first += tile) {
+        tile = tile_tokens(product.tokens - first, kTokens);
+        for (int64_t group = 0; group < product.cols; group += kGroup)
+            for (int64_t j = 0; j < 4; ++j)
+                for (int64_t token = first; token < first + tile; ++token)
+                    for (int64_t lane = 0; lane < 16; ++lane) {
+                        const int64_t nibble = j + (lane < 8 ? 0 : 4);
+                        const int64_t element = group + 8 * (lane % 8) + (nibble ^ 1);
+                        *target++ = load_float(product.x, token * product.cols + element, product.dtype);
+                    }
+    }
+}
+
 // `Kernel::tile<rows, tokens>(view, product, row, token)` computes that many results at once, with all their sums in
 // registers; `Kernel::rows(tokens)` says how many rows fit beside that many tokens, at most Kernel::kTokens.
 template <typename Kernel, int kTokens>
 int64_t multiply_tokens(const NF4View& view, const Product& product, int64_t row, int64_t end_row, int64_t token) {
-    // Powers of two only: a version for every number of tokens would double the code for the sake of odd batches.
     if constexpr (kTokens > 1)
-        if (product.tokens - token < kTokens)
+        if (tile_tokens(product.tokens - token, kTokens) < kTokens)
             return multiply_tokens<Kernel, kTokens / 2>(view, product, row, end_row, token);
     constexpr int kRows = Kernel::rows(kTokens);
     for (; row + kRows <= end_row; row += kRows) Kernel::template tile<kRows, kTokens>(view, product, row, token);
@@ -73,6 +98,14 @@ void multiply_rows(const NF4View& view, const Product& product, int64_t first_ro
         for (int64_t token = 0; token < product.tokens;)
             token += multiply_tokens<Kernel, Kernel::kTokens>(view, product, row, stop, token);
     }
+}
+
+// The kernel of the product's dtype.
+template <typename Float32, typename BFloat16, typename Float16>
+void multiply_any(const NF4View& view, const Product& product, int64_t first_row, int64_t end_row) {
+    if (product.dtype == kFloat32) return multiply_rows<Float32>(view, product, first_row, end_row);
+    if (product.dtype == kBFloat16) return multiply_rows<BFloat16>(view, product, first_row, end_row);
+    multiply_rows<Float16>(view, product, first_row, end_row);
 }
 
 }  // namespace

@@ -1,30 +1,9 @@
 // The product with few tokens, with AVX2, FMA and F16C: 8 weights from two permutes and a blend.
-#include <immintrin.h>
-
 #include "multiply.h"
+#include "rounding_avx2.h"
 
 namespace ladder {
 namespace {
-
-struct Unrounded {
-    static __m256 round(__m256 values) { return values; }
-};
-
-struct ThroughBFloat16 {
-    static __m256 round(__m256 values) {
-        const __m256i bits = _mm256_castps_si256(values);
-        const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
-        const __m256i sum = _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff)));
-        const __m256 rounded = _mm256_castsi256_ps(_mm256_and_si256(sum, _mm256_set1_epi32(-0x10000)));
-        return _mm256_blendv_ps(rounded, values, _mm256_cmp_ps(values, values, _CMP_UNORD_Q));
-    }
-};
-
-struct ThroughFloat16 {
-    static __m256 round(__m256 values) {
-        return _mm256_cvtph_ps(_mm256_cvtps_ph(values, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-    }
-};
 
 inline float sum_lanes(__m256 values) {
     __m128 sum = _mm_add_ps(_mm256_castps256_ps128(values), _mm256_extractf128_ps(values, 1));
@@ -58,14 +37,14 @@ struct Avx2Kernel {
             const uint8_t* packed = view.packed + (row * groups + group) * (kGroup / 2);
             const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(packed));
             for (int i = 0; i < 8; ++i) {
-                // Nibbles 0, 4, 1, 5, 2, 6, 3, 7: the order of arrange_vector. A permute looks at three bits; the
+                // Nibbles 0, 4, 1, 5, 2, 6, 3, 7: the order of arrange_floats. A permute looks at three bits; the
                 // fourth, moved to the sign, picks between the two.
                 const __m256i index = _mm256_srlv_epi32(words, _mm256_set1_epi32(4 * (i / 2 + 4 * (i % 2))));
                 const __m256 pick = _mm256_castsi256_ps(_mm256_slli_epi32(index, 28));
                 const __m256 weights = _mm256_blendv_ps(_mm256_permutevar8x32_ps(small, index),
                                                         _mm256_permutevar8x32_ps(large, index), pick);
                 for (int t = 0; t < kTile; ++t) {
-                    const float* values = x + t * product.cols + group * kGroup + 8 * i;
+                    const float* values = x + (group * kTile * 4 + i / 2 * kTile + t) * 16 + i % 2 * 8;
                     sums[t] = _mm256_fmadd_ps(weights, _mm256_loadu_ps(values), sums[t]);
                 }
             }
@@ -76,15 +55,11 @@ struct Avx2Kernel {
 
 }  // namespace
 
+void arrange_avx2(const Product& product) { arrange_floats<Avx2Kernel<Unrounded>::kTokens>(product); }
+
 void multiply_avx2(const NF4View& view, const Product& product, int64_t first_row, int64_t end_row) {
-    switch (product.dtype) {
-        case kFloat32:
-            return multiply_rows<Avx2Kernel<Unrounded>>(view, product, first_row, end_row);
-        case kBFloat16:
-            return multiply_rows<Avx2Kernel<ThroughBFloat16>>(view, product, first_row, end_row);
-        default:
-            return multiply_rows<Avx2Kernel<ThroughFloat16>>(view, product, first_row, end_row);
-    }
+    multiply_any<Avx2Kernel<Unrounded>, Avx2Kernel<ThroughBFloat16>, Avx2Kernel<ThroughFloat16>>(view, product,
+                                                                                                 first_row, end_row);
 }
 
 }  // namespace ladder

@@ -1,11 +1,8 @@
-// The product with few tokens in portable C++, and the arrangement of x that the vector paths share.
+// The product with few tokens in portable C++.
 #include "multiply.h"
 
 namespace ladder {
 namespace {
-
-float through_bf16(float value) { return bf16_to_float(float_to_bf16(value)); }
-float through_fp16(float value) { return fp16_to_float(float_to_fp16(value)); }
 
 template <float (*Round)(float)>
 struct ScalarKernel {
@@ -15,8 +12,8 @@ struct ScalarKernel {
     template <int kRows, int kTile>
     static void tile(const NF4View& view, const Product& product, int64_t row, int64_t token) {
         static_assert(kRows == 1, "one row at a time");
-        constexpr int kLanes = 8;  // independent sums, so that a compiler may use what vectors the baseline has
         const int64_t groups = product.cols / kGroup;
+        constexpr int kLanes = 8;  // independent sums, so that a compiler may use what vectors the baseline has
         const float* x = static_cast<const float*>(product.arranged) + token * product.cols;
         float sums[kTile][kLanes] = {};
         for (int64_t group = 0; group < groups; ++group) {
@@ -49,25 +46,9 @@ void arrange_scalar(const Product& product) {
     for (int64_t i = 0; i < product.tokens * product.cols; ++i) arranged[i] = load_float(product.x, i, product.dtype);
 }
 
-void arrange_vector(const Product& product) {
-    float* arranged = static_cast<float*>(product.arranged);
-    for (int64_t group = 0; group < product.tokens * product.cols; group += kGroup)
-        // Sixteen at a time: nibble j of the eight words, then nibble j + 4 of them.
-        for (int i = 0; i < kGroup; ++i) {
-            const int nibble = i / 16 + (i % 16 < 8 ? 0 : 4);
-            arranged[group + i] = load_float(product.x, group + 8 * (i % 8) + (nibble ^ 1), product.dtype);
-        }
-}
-
 void multiply_scalar(const NF4View& view, const Product& product, int64_t first_row, int64_t end_row) {
-    switch (product.dtype) {
-        case kFloat32:
-            return multiply_rows<ScalarKernel<as_is>>(view, product, first_row, end_row);
-        case kBFloat16:
-            return multiply_rows<ScalarKernel<through_bf16>>(view, product, first_row, end_row);
-        default:
-            return multiply_rows<ScalarKernel<through_fp16>>(view, product, first_row, end_row);
-    }
+    multiply_any<ScalarKernel<as_is>, ScalarKernel<through_bf16>, ScalarKernel<through_fp16>>(view, product, first_row,
+                                                                                              end_row);
 }
 
 }  // namespace ladder

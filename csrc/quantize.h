@@ -30,11 +30,21 @@ inline float block_absmax(const float* block, int64_t size) {
     return bits_float(largest);
 }
 
-template <typename In, float (*ToFloat)(In)>
-void quantize_blocks(const In* weight, const float* thresholds, int64_t first, int64_t count,
-                                   int64_t total, int64_t block_size, uint8_t* packed, float* absmax) {
+// Codes of values[0 .. size), two to a byte; an odd size is padded with a zero. Compilers vectorize the counting.
+struct CountThresholds {
+    static void pack(const float* values, int64_t size, const float* thresholds, uint8_t* packed) {
+        uint8_t codes[kMaxBlock];
+        for (int64_t i = 0; i < size; ++i) codes[i] = encode(values[i], thresholds);
+        if (size & 1) codes[size] = encode(0.0f, thresholds);
+        for (int64_t i = 0; i < (size + 1) / 2; ++i)
+            packed[i] = static_cast<uint8_t>((codes[2 * i] << 4) | codes[2 * i + 1]);
+    }
+};
+
+template <typename Encoder, typename In, float (*ToFloat)(In)>
+void quantize_blocks(const In* weight, const float* thresholds, int64_t first, int64_t count, int64_t total,
+                     int64_t block_size, uint8_t* packed, float* absmax) {
     float values[kMaxBlock];
-    uint8_t codes[kMaxBlock];
     const int64_t end = first + count;
     for (int64_t begin = first; begin < end; begin += block_size) {
         const int64_t size = begin + block_size <= total ? block_size : total - begin;
@@ -45,30 +55,28 @@ void quantize_blocks(const In* weight, const float* thresholds, int64_t first, i
         if (size == block_size) {
             absmax[begin / block_size] = largest;
             const float reciprocal = 1.0f / divisor;
-            for (int64_t i = 0; i < size; ++i) codes[i] = encode(values[i] * reciprocal, thresholds);
+            for (int64_t i = 0; i < size; ++i) values[i] *= reciprocal;
         } else {
             absmax[begin / block_size] = divisor;
-            for (int64_t i = 0; i < size; ++i) codes[i] = encode(values[i] / divisor, thresholds);
+            for (int64_t i = 0; i < size; ++i) values[i] /= divisor;
         }
-        if (size & 1) codes[size] = encode(0.0f, thresholds);
-        for (int64_t i = 0; i < (size + 1) / 2; ++i)
-            packed[begin / 2 + i] = static_cast<uint8_t>((codes[2 * i] << 4) | codes[2 * i + 1]);
+        Encoder::pack(values, size, thresholds, packed + begin / 2);
     }
 }
 
-inline void quantize_any(const void* weight, int32_t dtype, const float* thresholds, int64_t first,
-                                int64_t count, int64_t total, int64_t block_size, uint8_t* packed, float* absmax) {
-    switch (dtype) {
-        case kFloat32:
-            return quantize_blocks<float, as_is>(static_cast<const float*>(weight), thresholds, first, count, total,
-                                                    block_size, packed, absmax);
-        case kBFloat16:
-            return quantize_blocks<uint16_t, bf16_to_float>(static_cast<const uint16_t*>(weight), thresholds, first,
-                                                            count, total, block_size, packed, absmax);
-        default:
-            return quantize_blocks<uint16_t, fp16_to_float>(static_cast<const uint16_t*>(weight), thresholds, first,
-                                                            count, total, block_size, packed, absmax);
-    }
+template <typename Encoder>
+void quantize_any(const void* weight, int32_t dtype, const float* thresholds, int64_t first, int64_t count,
+                  int64_t total, int64_t block_size, uint8_t* packed, float* absmax) {
+    const uint16_t* narrow = static_cast<const uint16_t*>(weight);
+    if (dtype == kFloat32)
+        quantize_blocks<Encoder, float, as_is>(static_cast<const float*>(weight), thresholds, first, count, total,
+                                               block_size, packed, absmax);
+    else if (dtype == kBFloat16)
+        quantize_blocks<Encoder, uint16_t, bf16_to_float>(narrow, thresholds, first, count, total, block_size, packed,
+                                                          absmax);
+    else
+        quantize_blocks<Encoder, uint16_t, fp16_to_float>(narrow, thresholds, first, count, total, block_size, packed,
+                                                          absmax);
 }
 
 }  // namespace

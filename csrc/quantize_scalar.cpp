@@ -5,7 +5,7 @@ namespace ladder {
 
 void quantize_scalar(const void* weight, int32_t dtype, const float* thresholds, int64_t first, int64_t count,
                      int64_t total, int64_t block_size, uint8_t* packed, float* absmax) {
-    quantize_any(weight, dtype, thresholds, first, count, total, block_size, packed, absmax);
+    quantize_any<CountThresholds>(weight, dtype, thresholds, first, count, total, block_size, packed, absmax);
 }
 
 }  // namespace ladder

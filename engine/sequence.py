@@ -25,11 +25,13 @@ class SequenceLayout:
         lengths: rows per document, in order; they sum to T. Host integers, so that no device is waited for.
         padding: bool [B, kv_len], True where cached or new key columns hold real tokens; None without a cache. With a
             cache the rows are the flattened [B, q_len] block of new columns, padding included.
+        is_padded: whether some of these columns hold none.
     """
 
     positions: Tensor
     lengths: tuple[int, ...]
     padding: Tensor | None = None
+    is_padded: bool = False
     _masks: dict[int | None, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -46,17 +48,24 @@ class SequenceLayout:
         """
         padding = padding.bool()
         columns = (padding.long().cumsum(-1) - 1).clamp_min(0)
-        return cls(columns[:, -query_length:].reshape(-1), (query_length,) * len(padding), padding)
+        is_padded = not bool(padding.all())  # on a GPU one wait a pass, beside those of sampling
+        return cls(columns[:, -query_length:].reshape(-1), (query_length,) * len(padding), padding, is_padded)
 
-    def mask(self, window: int | None) -> Tensor:
+    def mask(self, window: int | None) -> Tensor | None:
         """bool [B, 1, q_len, kv_len] for cached attention, True where a query may look; built once per window.
+
+        None where that is plain causality: one new column, or nothing but new columns, none of them padding. Attention
+        without a mask is faster everywhere, and on CUDA the only kind with grouped heads that is not the math path.
 
         A padded query may look at itself, so that its softmax is not 0/0: a NaN there would reach real rows through the
         values of the next block.
         """
+        assert self.padding is not None
+        query_length, kv_length = self.lengths[0], self.padding.shape[1]
+        is_causal = query_length in (1, kv_length) and (window is None or kv_length <= window)
+        if is_causal and not self.is_padded:
+            return None
         if window not in self._masks:
-            assert self.padding is not None
-            query_length, kv_length = self.lengths[0], self.padding.shape[1]
             columns = torch.arange(kv_length, device=self.padding.device)
             distance = columns[-query_length:, None] - columns[None, :]
             allowed = distance >= 0
@@ -129,9 +138,9 @@ def _cached_attention(
     batch, length = len(layout.lengths), layout.lengths[0]
     query, key, value = (t.unflatten(0, (batch, length)).transpose(1, 2) for t in (query, key, value))
     key, value = cache.update(key, value, layer)
-    out = F.scaled_dot_product_attention(
-        query, key, value, attn_mask=layout.mask(window), enable_gqa=query.shape[1] != key.shape[1]
-    )
+    mask = layout.mask(window)
+    is_causal, is_grouped = mask is None and length > 1, query.shape[1] != key.shape[1]
+    out = F.scaled_dot_product_attention(query, key, value, mask, is_causal=is_causal, enable_gqa=is_grouped)
     return out.transpose(1, 2).flatten(0, 1).flatten(1)
 
 

@@ -22,12 +22,13 @@ from torch import Tensor
 from ladder_kernels.nf4_tensors import NF4Tensors
 from ladder_kernels.reference import IGNORE_INDEX
 
-ABI_VERSION = 2
+ABI_VERSION = 3
 _SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
 LIBRARY_NAME = f"libladder_native{_SUFFIX}"
 ISAS = ("amx", "avx512bf16", "avx512", "avx2", "scalar")
 
 _DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_IN_FLOAT32_CODES = {torch.bfloat16: 3, torch.float16: 4}
 
 _pointer, _int64, _int32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
 _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
@@ -198,13 +199,16 @@ def select_isa(isa: str) -> None:
         raise ValueError(f"expected one of the instruction sets available here ({offered}), got {isa!r}")
 
 
-def dequantize_nf4(nf4: NF4Tensors, first_row: int, out: Tensor) -> None:
-    """`reference.dequantize_nf4` for checked, contiguous CPU tensors."""
+def dequantize_nf4(nf4: NF4Tensors, first_row: int, out: Tensor, rounded_to: torch.dtype | None = None) -> None:
+    """`reference.dequantize_nf4` for checked, contiguous CPU tensors.
+
+    With rounded_to, weights are rounded to that 16-bit dtype and kept in `out` of fp32.
+    """
     _library().ladder_dequantize_nf4(
         ctypes.byref(_view(nf4)),
         first_row * out.shape[1],
         out.numel(),
-        _DTYPE_CODES[out.dtype],
+        _DTYPE_CODES[out.dtype] if rounded_to is None else _IN_FLOAT32_CODES[rounded_to],
         out.data_ptr(),
         torch.get_num_threads(),
     )

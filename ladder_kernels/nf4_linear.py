@@ -2,7 +2,8 @@
 
 x [..., K], W NF4 [N, K], bias [N] -> out [..., N], all in x.dtype. For few tokens a native kernel multiplies packed
 weights as it reads them. For more, W is decoded panel by panel along N into reused scratch and each panel is
-multiplied straight into its columns of out: the whole matrix never exists. `launch.linear_plan` chooses, on a GPU
+multiplied straight into its columns of out: the whole matrix never exists. On a CPU without 16-bit units the products
+of 16-bit tensors are computed in fp32, from the same rounded weights. `launch.linear_plan` chooses, on a GPU
 `launch.gpu_linear_plan`. `nf4_swiglu` is silu(x @ W_gate^T) * (x @ W_up^T), on a GPU in one kernel where planned so.
 Forward only: the backbone runs without gradients, so there is nothing to save.
 """
@@ -27,7 +28,7 @@ from ladder_kernels.checks import (
 )
 from ladder_kernels.dispatch import runs_eagerly
 from ladder_kernels.elementwise import swiglu_
-from ladder_kernels.launch import FEW_TOKENS, GpuLinearPlan, LinearPlan, linear_plan
+from ladder_kernels.launch import FEW_TOKENS, GpuLinearPlan, LinearPlan, linear_plan, wide_scratch
 from ladder_kernels.nf4 import NF4Weight, dequantize_rows
 from ladder_kernels.nf4_tensors import NF4_SCHEMA, NF4Tensors
 from ladder_kernels.workspace import Workspace
@@ -79,6 +80,8 @@ def _multiply(
         return out if x.dim() == 2 else out.view(*x.shape[:-1], rows)
     if plan.panel_rows is None:
         native.nf4_linear(flat.contiguous(), None if bias is None else bias.contiguous(), nf4, scratch, out)
+    elif plan.wide_tokens:
+        _multiply_wide_panels(flat, bias, scratch, nf4, plan, out)
     else:
         panel = scratch[: plan.scratch_bytes].view(x.dtype).view(plan.panel_rows, x.shape[-1])
         _multiply_panels(flat, bias, panel, nf4, out)
@@ -96,6 +99,28 @@ def _multiply_panels(flat: Tensor, bias: Tensor | None, panel: Tensor, nf4: NF4T
             torch.mm(flat, part.T, out=out[:, begin:end])
         else:
             torch.addmm(bias[begin:end], flat, part.T, out=out[:, begin:end])
+
+
+def _multiply_wide_panels(
+    flat: Tensor, bias: Tensor | None, scratch: Tensor, nf4: NF4Tensors, plan: LinearPlan, out: Tensor
+) -> None:
+    (tokens, cols), rows, panel_rows = flat.shape, out.shape[1], plan.panel_rows or 0
+    sizes = wide_scratch(panel_rows, cols, plan.wide_tokens)
+    panel, wide_x, wide_out = (part.view(torch.float32) for part in scratch[: plan.scratch_bytes].split(sizes))
+    wide_bias = None if bias is None else bias.float()
+    for begin in range(0, rows, panel_rows):
+        end = min(begin + panel_rows, rows)
+        part = panel[: (end - begin) * cols].view(end - begin, cols)
+        native.dequantize_nf4(nf4, begin, part, rounded_to=flat.dtype)
+        for first in range(0, tokens, plan.wide_tokens):
+            last = min(first + plan.wide_tokens, tokens)
+            x = wide_x[: (last - first) * cols].view(last - first, cols).copy_(flat[first:last])
+            product = wide_out[: (last - first) * (end - begin)].view(last - first, end - begin)
+            if wide_bias is None:
+                torch.mm(x, part.T, out=product)
+            else:
+                torch.addmm(wide_bias[begin:end], x, part.T, out=product)
+            out[first:last, begin:end] = product
 
 
 @torch.library.custom_op(
@@ -144,8 +169,8 @@ def nf4_linear(
         residual: [..., N] in x.dtype, added to the rounded result.
         allow_fp16_sums: GeForce cards with x in fp16 may sum up to 128 columns at a time in fp16, at twice the speed. A
             sum of so few that leaves fp16 becomes infinite. Other devices sum in fp32 all the same.
-        workspace: keeps the scratch (a decode panel of at most 32 MiB, on a GPU two) between calls. Without one it is
-            allocated for this call.
+        workspace: keeps the scratch (a decode panel of at most 32 MiB, on a GPU two, and up to 512 rows in fp32 where
+            products of 16 bits are computed so) between calls. Without one it is allocated for this call.
 
     Returns:
         [..., N] in x.dtype, a new tensor.

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numerics import assert_same_bits
 from torch import Tensor
 
-from ladder_kernels import NF4Weight, dequantize_nf4, quantize_nf4, reference
+from ladder_kernels import NF4Weight, dequantize_nf4, native, quantize_nf4, reference
 from ladder_kernels.nf4 import NF4_CODES, dynamic_map
 from ladder_kernels.reference import BLOCK_SIZES
 
@@ -158,6 +158,16 @@ def test_out_is_written_and_nothing_beside_it(implementation, dtype, double_quan
     assert dequantize_nf4(weight, dtype, out=out) is out
     assert_same_bits("out", out, dequantize_nf4(weight, dtype))
     assert bool((buffer[:guard] == 123.0).all()) and bool((buffer[guard + size :] == 123.0).all())
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_rounded_weights_kept_in_fp32(native_isa, dtype, double_quant):
+    weight = quantize_nf4(torch.randn(37, 71) * 3e4, 64, double_quant)  # fp16 overflows
+    weight.absmax[7] = 3 if double_quant else float("nan")
+    expected, out = dequantize_nf4(weight, dtype), torch.empty(21, 71)
+    native.dequantize_nf4(weight.tensors, 13, out, rounded_to=dtype)
+    assert_same_bits("out", out, expected[13:34].float())
 
 
 def test_out_is_refused_where_it_does_not_fit():

@@ -96,6 +96,15 @@ def test_each_code_reaches_its_column(implementation):
         assert bool((out[0] == 0).all())
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("tokens", [1, 16, 33, 65])
+def test_wide_products_in_parts(implementation, dtype, tokens, monkeypatch):
+    monkeypatch.setattr(launch, "WIDE_TOKENS", 16)
+    monkeypatch.setattr(launch, "panel_rows", lambda *_: 31)
+    weight = quantize_nf4(torch.randn(77, 100, dtype=dtype))
+    assert_equals_dense(torch.randn(100, tokens, dtype=dtype).T, weight, torch.randn(77, dtype=dtype))
+
+
 @pytest.mark.parametrize("tokens", [1, 5, 16, 31])
 def test_few_tokens_write_out_and_nothing_beside_it(native_isa, tokens):
     rows, cols, guard = 19, 128, 64
@@ -122,14 +131,20 @@ def test_linear_plan():
     assert linear_plan(1, 300, 128, 64, 4, isa="avx512") == LinearPlan(None, 16 * 128 * 4)
     assert linear_plan(16, 300, 128, 4096, 2, isa="avx512") == LinearPlan(None, 16 * 128 * 4)
     for tokens, cols, block_size, isa in (
-        (33, 128, 64, "avx512"),
-        (17, 128, 64, "avx2"),
-        (1, 96, 64, "avx512"),
-        (1, 128, 32, "avx512"),
+        (33, 128, 64, "amx"),
+        (33, 128, 64, "avx512bf16"),
+        (3, 128, 64, "scalar"),
+        (1, 96, 64, "amx"),
+        (1, 128, 32, "amx"),
         (1, 128, 64, None),
         (0, 128, 64, "avx512"),
     ):
         assert linear_plan(tokens, 300, cols, block_size, 2, isa) == LinearPlan(300, 300 * cols * 2)
+    for tokens, isa in ((33, "avx512"), (17, "avx2")):
+        assert linear_plan(tokens, 300, 128, 64, 4, isa) == LinearPlan(300, 300 * 128 * 4)
+        scratch = 4 * (300 * 128 + 128 * tokens) + -(-4 * 300 * tokens // 64) * 64
+        assert linear_plan(tokens, 300, 128, 64, 2, isa) == LinearPlan(300, scratch, wide_tokens=tokens)
+    assert linear_plan(2048, 300, 128, 64, 2, "avx512").wide_tokens == launch.WIDE_TOKENS
 
 
 def test_leading_dimensions():
@@ -140,7 +155,7 @@ def test_leading_dimensions():
     assert torch.equal(out.view(6, 5), nf4_linear(x.view(6, 8), weight))
     assert nf4_linear(x[0, 0], weight).shape == (5,)
     assert nf4_linear(x[:0], weight).shape == (0, 3, 5)
-    assert torch.allclose(nf4_linear(x.transpose(0, 1), weight), out.transpose(0, 1))
+    assert_same_bits("out", nf4_linear(x.transpose(0, 1), weight), out.transpose(0, 1))
 
 
 def test_workspace_is_filled_once_and_bounds_the_panel():

@@ -99,6 +99,20 @@ def test_masks_are_built_once_per_window(window: int | None) -> None:
     assert mask[0, 0].tolist() == [[bool(entry) for entry in row] for row in expected]
 
 
+def test_no_mask_where_causality_is_all_there_is() -> None:
+    real, padded = torch.ones(2, 4, dtype=torch.bool), torch.tensor([[False, True, True, True], [True] * 4])
+    for query_length, window, padding, has_mask in (
+        (1, None, real, False),
+        (4, None, real, False),
+        (1, 4, real, False),
+        (1, 3, real, True),
+        (2, None, real, True),
+        (1, None, padded, True),
+        (4, None, padded, True),
+    ):
+        assert (SequenceLayout.cached(padding, query_length).mask(window) is not None) == has_mask
+
+
 def test_rotary_rotates_pairs_by_position_times_frequency() -> None:
     frequencies, positions = torch.tensor([1.0, 0.1]), torch.tensor([0, 3, 7])
     cos, sin = rotary_table(positions, frequencies, torch.float64, scale=0.5)

@@ -350,6 +350,7 @@ def _gemm_spec(dtype: str, config: GemmConfig, *set_flags: str) -> KernelSpec:
         num_stages=config.num_stages,
         architectures=HALF_PRECISION_ARCHITECTURES if flags["HALF_PRECISION"] else ARCHITECTURES,
         uses_tensor_cores=True,
+        enable_fp_fusion=False,
         weights_per_iteration=weights if config.is_wide else 0,  # a look-up of nibbles is meant to take more
     )
 
@@ -365,4 +366,5 @@ def _reduce_spec(dtype: str, *set_flags: str) -> KernelSpec:
         divisible=("size", "rows"),
         num_warps=4,
         num_stages=1,
+        enable_fp_fusion=False,
     )

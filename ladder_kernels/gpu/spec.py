@@ -25,6 +25,8 @@ class KernelSpec(NamedTuple):
         architectures: compute capabilities it is launched on, 86 for 8.6.
         uses_tensor_cores: whether its main loop has to contain tensor-core instructions.
         weights_per_iteration: NF4 weights that one thread block decodes per pass of the main loop; 0 without decode.
+            With tensor cores, BLOCK_M tokens at x_ptr are multiplied with weights / BLOCK_K rows of BLOCK_K weights.
+        enable_fp_fusion: as launched; True is Triton's default up to 3.9.
     """
 
     name: str
@@ -37,6 +39,7 @@ class KernelSpec(NamedTuple):
     architectures: tuple[int, ...] = ARCHITECTURES
     uses_tensor_cores: bool = False
     weights_per_iteration: int = 0
+    enable_fp_fusion: bool = True
 
 
 def architecture(device: torch.device) -> int:
