@@ -235,10 +235,11 @@ def test_plan_by_tokens(architecture):
 
 def test_plan_details():
     size = (3584, 3584, 64, 2)
-    # 56 tiles of 64 rows on 46 multiprocessors are too many to split twice over; on 132 there is room for 4.
-    assert gpu_linear_plan(1, *size, 89, 46)[1:] == (1, 3584, 0, 0)
-    assert gpu_linear_plan(1, *size, 90, 132)[1:] == (4, 896, 0, 4 * 4 * 3584)
-    assert gpu_linear_plan(1, *size, 90, 132, is_pair=True)[1:] == (2, 1792, 0, 2 * 2 * 4 * 3584)
+    # 56 tiles of 64 rows: 3 times fit into 4 x 46 thread blocks, 9 times into 4 x 132, but 512 columns are the least.
+    assert gpu_linear_plan(1, *size, 89, 46)[1:] == (3, 1280, 0, 3 * 4 * 3584)
+    assert gpu_linear_plan(1, *size, 90, 132)[1:] == (7, 512, 0, 7 * 4 * 3584)
+    assert gpu_linear_plan(1, *size, 90, 132, is_pair=True)[1:] == (4, 896, 0, 4 * 2 * 4 * 3584)
+    assert gpu_linear_plan(512, *size, 89, 46)[1:] == (1, 3584, 0, 0)
     # fp16 sums are worth the fused kernel always where they double the rate, and nowhere else.
     assert gpu_linear_plan(8192, *size, 89, 46, half_precision=True).config == gemm_config(8192, False)
     assert gpu_linear_plan(8192, *size, 90, 132, half_precision=True).config is None

@@ -351,7 +351,8 @@ def _gemm_spec(dtype: str, config: GemmConfig, *set_flags: str) -> KernelSpec:
         architectures=HALF_PRECISION_ARCHITECTURES if flags["HALF_PRECISION"] else ARCHITECTURES,
         uses_tensor_cores=True,
         enable_fp_fusion=False,
-        weights_per_iteration=weights if config.is_wide else 0,  # a look-up of nibbles is meant to take more
+        # What looks up nibbles, or promotes fp16 sums, takes more instructions by intent.
+        weights_per_iteration=weights if config.is_wide and not flags["HALF_PRECISION"] else 0,
     )
 
 
