@@ -9,7 +9,7 @@ from __future__ import annotations
 from ladder_kernels.elementwise import rms_norm, rotary, swiglu, swiglu_
 from ladder_kernels.linear_cross_entropy import linear_cross_entropy
 from ladder_kernels.nf4 import NF4Weight, dequantize_nf4, quantize_nf4
-from ladder_kernels.nf4_linear import nf4_linear
+from ladder_kernels.nf4_linear import nf4_linear, nf4_swiglu
 from ladder_kernels.tap import tap
 from ladder_kernels.workspace import Workspace
 
@@ -19,6 +19,7 @@ __all__ = [
     "dequantize_nf4",
     "linear_cross_entropy",
     "nf4_linear",
+    "nf4_swiglu",
     "quantize_nf4",
     "rms_norm",
     "rotary",

@@ -3,8 +3,9 @@
 x [..., K], W NF4 [N, K], bias [N] -> out [..., N], all in x.dtype. For few tokens a native kernel multiplies packed
 weights as it reads them. For more, W is decoded panel by panel along N into reused scratch and each panel is
 multiplied straight into its columns of out: the whole matrix never exists. On a CPU without 16-bit units the products
-of 16-bit tensors are computed in fp32, from the same rounded weights. `launch.linear_plan` chooses. Forward only: the
-backbone runs without gradients, so there is nothing to save.
+of 16-bit tensors are computed in fp32, from the same rounded weights. `launch.linear_plan` chooses, on a GPU
+`launch.gpu_linear_plan`. `nf4_swiglu` is silu(x @ W_gate^T) * (x @ W_up^T), on a GPU in one kernel where planned so.
+Forward only: the backbone runs without gradients, so there is nothing to save.
 """
 
 from __future__ import annotations
@@ -16,30 +17,67 @@ import torch
 from torch import Tensor
 
 from ladder_kernels import native
-from ladder_kernels.checks import check_nf4, check_nf4_linear, check_no_gradient, check_scratch
+from ladder_kernels.checks import (
+    check_device,
+    check_dtype,
+    check_nf4,
+    check_nf4_linear,
+    check_no_gradient,
+    check_scratch,
+    check_shape,
+)
 from ladder_kernels.dispatch import runs_eagerly
-from ladder_kernels.launch import FEW_TOKENS, LinearPlan, linear_plan, wide_scratch
+from ladder_kernels.elementwise import swiglu_
+from ladder_kernels.launch import FEW_TOKENS, GpuLinearPlan, LinearPlan, linear_plan, wide_scratch
 from ladder_kernels.nf4 import NF4Weight, dequantize_rows
 from ladder_kernels.nf4_tensors import NF4_SCHEMA, NF4Tensors
 from ladder_kernels.workspace import Workspace
 
+_INSTEAD = "the NF4 backbone is frozen and runs forward only: call it under torch.no_grad()"
 
-def _plan(x: Tensor, rows: int, nf4: NF4Tensors) -> LinearPlan:
+
+def _plan(x: Tensor, rows: int, nf4: NF4Tensors) -> LinearPlan | GpuLinearPlan:
+    if x.is_cuda:
+        return _gpu_plan(x, rows, nf4, False)
     *leading, cols = x.shape
     isa = native.isa() if x.is_cpu else None
     return linear_plan(math.prod(leading), rows, cols, nf4.block_size, x.dtype.itemsize, isa)
 
 
+def _gpu_plan(x: Tensor, rows: int, nf4: NF4Tensors, half_precision: bool) -> GpuLinearPlan:
+    from ladder_kernels.gpu import nf4_linear as gpu
+
+    return gpu.linear_plan_for(x, rows, nf4, half_precision=half_precision)
+
+
 def _any_plan_bytes(x: Tensor, rows: int, nf4: NF4Tensors) -> int:
     """Scratch that is enough whatever library the op will find: the compiler must not look for it."""
+    if x.is_cuda:
+        return _plan(x, rows, nf4).scratch_bytes
     *leading, cols = x.shape
     size = (math.prod(leading), rows, cols, nf4.block_size, x.dtype.itemsize)
     return max(linear_plan(*size, isa).scratch_bytes for isa in (None, *FEW_TOKENS))
 
 
-def _multiply(x: Tensor, bias: Tensor | None, rows: int, scratch: Tensor, nf4: NF4Tensors, plan: LinearPlan) -> Tensor:
+def _multiply(
+    x: Tensor,
+    bias: Tensor | None,
+    residual: Tensor | None,
+    rows: int,
+    scratch: Tensor,
+    nf4: NF4Tensors,
+    plan: LinearPlan | GpuLinearPlan,
+    half_precision: bool = False,
+) -> Tensor:
     flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
     out = x.new_empty(flat.shape[0], rows)
+    if isinstance(plan, GpuLinearPlan):
+        from ladder_kernels.gpu import nf4_linear as gpu
+
+        bias = None if bias is None else bias.contiguous()
+        added = None if residual is None else residual.reshape(out.shape).contiguous()
+        gpu.nf4_linear(flat.contiguous(), nf4, bias, added, plan, scratch, out, half_precision=half_precision)
+        return out if x.dim() == 2 else out.view(*x.shape[:-1], rows)
     if plan.panel_rows is None:
         native.nf4_linear(flat.contiguous(), None if bias is None else bias.contiguous(), nf4, scratch, out)
     elif plan.wide_tokens:
@@ -47,7 +85,8 @@ def _multiply(x: Tensor, bias: Tensor | None, rows: int, scratch: Tensor, nf4: N
     else:
         panel = scratch[: plan.scratch_bytes].view(x.dtype).view(plan.panel_rows, x.shape[-1])
         _multiply_panels(flat, bias, panel, nf4, out)
-    return out if x.dim() == 2 else out.view(*x.shape[:-1], rows)
+    out = out if x.dim() == 2 else out.view(*x.shape[:-1], rows)
+    return out if residual is None else out.add_(residual)
 
 
 def _multiply_panels(flat: Tensor, bias: Tensor | None, panel: Tensor, nf4: NF4Tensors, out: Tensor) -> None:
@@ -91,7 +130,7 @@ def _multiply_wide_panels(
 )
 def _nf4_linear(x: Tensor, bias: Tensor | None, rows: int, scratch: Tensor, *nf4: Any) -> Tensor:
     tensors = NF4Tensors(*nf4)
-    return _multiply(x, bias, rows, scratch, tensors, _checked_plan(x, bias, rows, scratch, tensors))
+    return _multiply(x, bias, None, rows, scratch, tensors, _checked_plan(x, bias, rows, scratch, tensors))
 
 
 @_nf4_linear.register_fake
@@ -100,7 +139,9 @@ def _(x: Tensor, bias: Tensor | None, rows: int, scratch: Tensor, *nf4: Any) -> 
     return x.new_empty(*x.shape[:-1], rows)
 
 
-def _checked_plan(x: Tensor, bias: Tensor | None, rows: int, scratch: Tensor, nf4: NF4Tensors) -> LinearPlan:
+def _checked_plan(
+    x: Tensor, bias: Tensor | None, rows: int, scratch: Tensor, nf4: NF4Tensors
+) -> LinearPlan | GpuLinearPlan:
     check_nf4("nf4_linear", nf4)
     if x.dim() == 0 or rows < 0:
         raise ValueError(f"nf4_linear: expected x of shape [..., K] and rows >= 0, got {list(x.shape)} and {rows}")
@@ -111,7 +152,13 @@ def _checked_plan(x: Tensor, bias: Tensor | None, rows: int, scratch: Tensor, nf
 
 
 def nf4_linear(
-    x: Tensor, nf4_weight: NF4Weight, bias: Tensor | None = None, *, workspace: Workspace | None = None
+    x: Tensor,
+    nf4_weight: NF4Weight,
+    bias: Tensor | None = None,
+    residual: Tensor | None = None,
+    *,
+    allow_fp16_sums: bool = False,
+    workspace: Workspace | None = None,
 ) -> Tensor:
     """x @ dequantize(nf4_weight)^T + bias, computed in x.dtype (few tokens on a CPU: products and sums in fp32).
 
@@ -119,29 +166,91 @@ def nf4_linear(
         x: [..., K] fp32, bf16 or fp16.
         nf4_weight: [N, K].
         bias: [N] in x.dtype.
-        workspace: keeps the scratch (a decode panel of at most 32 MiB, and up to 512 rows in fp32 where products of 16
-            bits are computed so) between calls. Without one it is allocated for this call.
+        residual: [..., N] in x.dtype, added to the rounded result.
+        allow_fp16_sums: GeForce cards with x in fp16 may sum up to 128 columns at a time in fp16, at twice the speed. A
+            sum of so few that leaves fp16 becomes infinite. Other devices sum in fp32 all the same.
+        workspace: keeps the scratch (a decode panel of at most 32 MiB, on a GPU two, and up to 512 rows in fp32 where
+            products of 16 bits are computed so) between calls. Without one it is allocated for this call.
 
     Returns:
-        [..., N] in x.dtype.
+        [..., N] in x.dtype, a new tensor.
 
     Raises:
-        ValueError, TypeError: shapes, dtypes or devices disagree, or x or bias requires a gradient.
+        ValueError, TypeError: shapes, dtypes or devices disagree, or x, bias or residual requires a gradient.
     """
-    instead = "the NF4 backbone is frozen and runs forward only: call it under torch.no_grad()"
-    check_no_gradient("nf4_linear", "x", x, instead)
-    check_no_gradient("nf4_linear", "bias", bias, instead)
+    for name, tensor in (("x", x), ("bias", bias), ("residual", residual)):
+        check_no_gradient("nf4_linear", name, tensor, _INSTEAD)
     rows, cols = nf4_weight.shape
     if x.dim() == 0 or x.shape[-1] != cols:
         raise ValueError(f"nf4_linear: expected x of shape [..., {cols}], got {list(x.shape)}")
     nf4 = nf4_weight.tensors
     check_nf4_linear(x, bias, rows, nf4)
+    if residual is not None:
+        check_shape("nf4_linear", "residual", residual, (*x.shape[:-1], rows))
+        check_dtype("nf4_linear", "residual", residual.dtype, (x.dtype,))
+        check_device("nf4_linear", "residual", residual, x.device)
     workspace = Workspace() if workspace is None else workspace
     if torch.compiler.is_compiling():
         scratch = workspace.take("nf4_linear", (_any_plan_bytes(x, rows, nf4),), torch.uint8, x.device)
-        return _nf4_linear(x, bias, rows, scratch, *nf4)
-    plan = _plan(x, rows, nf4)
+        out = _nf4_linear(x, bias, rows, scratch, *nf4)
+        return out if residual is None else out + residual
+    plan = _gpu_plan(x, rows, nf4, allow_fp16_sums) if x.is_cuda else _plan(x, rows, nf4)
     scratch = workspace.take("nf4_linear", (plan.scratch_bytes,), torch.uint8, x.device)
-    if not runs_eagerly(x, bias, scratch, nf4.packed):
-        return _nf4_linear(x, bias, rows, scratch, *nf4)
-    return _multiply(x, bias, rows, scratch, nf4, plan)
+    if not runs_eagerly(x, bias, residual, scratch, nf4.packed):
+        out = _nf4_linear(x, bias, rows, scratch, *nf4)
+        return out if residual is None else out + residual
+    return _multiply(x, bias, residual, rows, scratch, nf4, plan, allow_fp16_sums)
+
+
+def nf4_swiglu(
+    x: Tensor,
+    gate_weight: NF4Weight,
+    up_weight: NF4Weight,
+    *,
+    allow_fp16_sums: bool = False,
+    workspace: Workspace | None = None,
+) -> Tensor:
+    """silu(x @ gate_weight^T) * (x @ up_weight^T), both products and silu rounded to x.dtype.
+
+    Args:
+        x: [T, K] fp32, bf16 or fp16.
+        gate_weight, up_weight: [N, K].
+        allow_fp16_sums, workspace: as for `nf4_linear`.
+
+    Returns:
+        [T, N] in x.dtype.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices disagree, or x requires a gradient.
+    """
+    check_shape("nf4_swiglu", "x", x, ("T", gate_weight.shape[1]))
+    if up_weight.shape != gate_weight.shape:
+        raise ValueError(f"nf4_swiglu: expected up_weight of shape {gate_weight.shape}, got {up_weight.shape}")
+    workspace = Workspace() if workspace is None else workspace
+    if x.is_cuda and runs_eagerly(x, gate_weight.packed, up_weight.packed):
+        out = _fused_swiglu(x, gate_weight, up_weight, workspace, allow_fp16_sums)
+        if out is not None:
+            return out
+    gate = nf4_linear(x, gate_weight, allow_fp16_sums=allow_fp16_sums, workspace=workspace)
+    return swiglu_(gate, nf4_linear(x, up_weight, allow_fp16_sums=allow_fp16_sums, workspace=workspace))
+
+
+def _fused_swiglu(
+    x: Tensor, gate_weight: NF4Weight, up_weight: NF4Weight, workspace: Workspace, allow_fp16_sums: bool
+) -> Tensor | None:
+    """None where one kernel cannot do it, or two products and a third pass are planned to be faster."""
+    from ladder_kernels.gpu import nf4_linear as gpu
+
+    rows, gate, up = gate_weight.shape[0], gate_weight.tensors, up_weight.tensors
+    check_no_gradient("nf4_swiglu", "x", x, _INSTEAD)
+    check_nf4_linear(x, None, rows, gate)
+    check_nf4_linear(x, None, rows, up)
+    if gate.block_size != up.block_size or gate_weight.double_quant != up_weight.double_quant:
+        return None
+    plan = gpu.linear_plan_for(x, rows, gate, is_pair=True, half_precision=allow_fp16_sums)
+    if plan.config is None:
+        return None
+    scratch = workspace.take("nf4_linear", (plan.scratch_bytes,), torch.uint8, x.device)
+    out = x.new_empty(x.shape[0], rows)
+    gpu.nf4_swiglu(x.contiguous(), gate, up, plan, scratch, out, half_precision=allow_fp16_sums)
+    return out

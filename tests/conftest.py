@@ -25,6 +25,7 @@ KERNEL_TESTS = (
     "test_elementwise",
     "test_ops",
     "test_native",
+    "test_gpu_linear",
 )
 
 

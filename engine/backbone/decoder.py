@@ -20,7 +20,7 @@ from transformers import AutoTokenizer, DynamicCache, PreTrainedConfig, PreTrain
 
 from engine.backbone.families import BackboneConfig, rotary_frequencies
 from engine.sequence import SequenceLayout, attention, rotary_table
-from ladder_kernels import NF4Weight, Workspace, nf4_linear, reference, rms_norm, rotary, swiglu_
+from ladder_kernels import NF4Weight, Workspace, nf4_linear, nf4_swiglu, reference, rms_norm, rotary, swiglu_
 
 
 @dataclass
@@ -30,10 +30,12 @@ class Linear:
     weight: NF4Weight | Tensor
     bias: Tensor | None = None
 
-    def __call__(self, x: Tensor, workspace: Workspace) -> Tensor:
+    def __call__(self, x: Tensor, workspace: Workspace, residual: Tensor | None = None) -> Tensor:
+        """x W^T + b, plus the residual [T, N]."""
         if isinstance(self.weight, NF4Weight):
-            return nf4_linear(x, self.weight, self.bias, workspace=workspace)
-        return F.linear(x, self.weight, self.bias)
+            return nf4_linear(x, self.weight, self.bias, residual, workspace=workspace)
+        out = F.linear(x, self.weight, self.bias)
+        return out if residual is None else out.add_(residual)
 
 
 @dataclass
@@ -160,8 +162,8 @@ class Backbone:
         yield 0, hidden
         for index, block in enumerate(self.blocks):
             with torch.no_grad():
-                hidden = hidden + self._attention(block, index, hidden, tables, layout, cache)
-                hidden.add_(self._mlp(block, hidden))
+                hidden = self._attention(block, index, hidden, tables, layout, cache)
+                hidden = self._mlp(block, hidden)
             yield index + 1, hidden
 
     def _attention(
@@ -173,6 +175,7 @@ class Backbone:
         layout: SequenceLayout,
         cache: DynamicCache | None,
     ) -> Tensor:
+        """hidden + W_o attention(x), x the normed hidden states."""
         config = self.config
         x = rms_norm(hidden, block.attention_norm, config.rms_norm_eps)
         query = block.query(x, self._workspace).unflatten(-1, (config.num_heads, config.head_dim))
@@ -183,12 +186,17 @@ class Backbone:
             key = rms_norm(key, block.key_norm, config.rms_norm_eps)
         query, key = rotary(query, *tables), rotary(key, *tables)
         mixed = attention(query, key, value, layout, window=config.layer_windows[index], cache=cache, layer=index)
-        return block.output(mixed, self._workspace)
+        return block.output(mixed, self._workspace, hidden)
 
     def _mlp(self, block: Block, hidden: Tensor) -> Tensor:
+        """hidden + W_down(silu(W_gate x) * W_up x)."""
         x = rms_norm(hidden, block.mlp_norm, self.config.rms_norm_eps)
-        gate = block.gate(x, self._workspace)
-        return block.down(swiglu_(gate, block.up(x, self._workspace)), self._workspace)
+        gate, up = block.gate, block.up
+        if isinstance(gate.weight, NF4Weight) and isinstance(up.weight, NF4Weight) and gate.bias is up.bias is None:
+            activated = nf4_swiglu(x, gate.weight, up.weight, workspace=self._workspace)
+        else:
+            activated = swiglu_(gate(x, self._workspace), up(x, self._workspace))
+        return block.down(activated, self._workspace, hidden)
 
     def final_norm(self, y: Tensor) -> Tensor:
         """The frozen final RMSNorm of y [R, D]; differentiable in y, with the same bits where no gradient is wanted."""
