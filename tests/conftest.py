@@ -24,6 +24,9 @@ KERNEL_TESTS = (
     "test_elementwise",
     "test_ops",
     "test_native",
+    "test_gpu_cross_entropy",
+    "test_gpu_elementwise",
+    "test_gpu_tap",
 )
 
 
