@@ -137,7 +137,7 @@ def linear_cross_entropy(
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices disagree, head_weight requires a gradient, chunk_bytes is not
-            positive, or a target is neither -100 nor in [0, V). On a GPU nobody waits to find that out: the loss is NaN.
+            positive, or a target is neither -100 nor in [0, V). On a GPU nobody waits to find out: the loss is NaN.
     """
     op = "linear_cross_entropy"
     check_linear_cross_entropy(hidden, head_weight, targets)
