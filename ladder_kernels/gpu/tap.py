@@ -1,8 +1,8 @@
 """The tap: projection and merge in one read of h, and its gradients; formulas in `ladder_kernels.tap`.
 
-Forward, one launch, and one that rounds a wider weight where many tokens read it. The thread blocks that share rows of h run next to each other, so the others find in the cache
-what the first one read; an int8 copy is made from the tiles that are multiplied anyway, each group of 64 columns by one
-of these blocks.
+Forward, one launch, and one that rounds a wider weight where many tokens read it. Thread blocks that share rows of h
+run next to each other, so the others find in the cache what the first one read; an int8 copy is made from the tiles
+that are multiplied anyway, each group of 64 columns by one of these blocks.
 
 Backward, at most four launches: dweight (with a second one to add up its parts where tokens are split for more thread
 blocks), dstate, and the sum of the gate's parts. Every sum has a fixed order.
@@ -89,39 +89,43 @@ def _tap_bwd_dw_kernel(
     HAS_GATE: tl.constexpr, NEEDS_GATE: tl.constexpr, IS_INT8: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """dout^T @ h of one tile over all tokens; with parts of them, what `_tap_bwd_dw_sum_kernel` adds up and finishes."""
-    columns = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
+    """dout^T @ h of one tile; of parts of the tokens, which `_tap_bwd_dw_sum_kernel` adds up and finishes, as fp32."""
+    columns = (tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D))[None, :]
     side = tl.program_id(1) * BLOCK_S + tl.arange(0, BLOCK_S)
-    in_width, in_side = (columns < D)[None, :], (side < S)[:, None]
+    in_width, in_side = columns < D, (side < S)[:, None]
     first = tl.program_id(2) * part_tokens
-    end = tl.minimum(first + part_tokens, T)
+    count = tl.minimum(T - first, part_tokens)
+    # Inside a tile 32 bits are enough; what moves along with the tokens are the bases.
+    tokens = tl.arange(0, BLOCK_T)
+    dout_ptr += first.to(tl.int64) * S
+    kept_ptr += first.to(tl.int64) * kept_stride
+    groups = tl.cdiv(D, _GROUP)
+    if IS_INT8:
+        tl.static_assert(_GROUP % BLOCK_D == 0)
+        scales_ptr += first.to(tl.int64) * groups + tl.program_id(0) * BLOCK_D // _GROUP
     dweight = tl.zeros((BLOCK_S, BLOCK_D), tl.float32)
-    for begin in range(first, end, BLOCK_T):
-        tokens = (begin + tl.arange(0, BLOCK_T)).to(tl.int64)
-        dout = tl.load(
-            dout_ptr + tokens[None, :] * S + side[:, None], mask=(tokens < end)[None, :] & in_side, other=0.0
-        )
-        h = tl.load(
-            kept_ptr + tokens[:, None] * kept_stride + columns[None, :],
-            mask=(tokens < end)[:, None] & in_width,
-            other=0,
-        )
+    for begin in range(0, count, BLOCK_T):
+        in_tokens = begin + tokens < count
+        dout = tl.load(dout_ptr + tokens[None, :] * S + side[:, None], mask=in_tokens[None, :] & in_side, other=0.0)
+        h = tl.load(kept_ptr + tokens[:, None] * kept_stride + columns, mask=in_tokens[:, None] & in_width, other=0)
         if IS_INT8:
-            tl.static_assert(_GROUP % BLOCK_D == 0)
-            group = tl.program_id(0) * BLOCK_D // _GROUP
-            scales = tl.load(scales_ptr + tokens * tl.cdiv(D, _GROUP) + group, mask=tokens < end, other=0.0)
+            scales = tl.load(scales_ptr + tokens * groups, mask=in_tokens, other=0.0)
             h = (h.to(tl.float32) * scales[:, None]).to(dout.dtype)
+            scales_ptr += BLOCK_T * groups
         dweight = tl.dot(dout, h, dweight, input_precision="ieee")
-    offsets = side.to(tl.int64)[:, None] * D + columns[None, :]
+        dout_ptr += BLOCK_T * S
+        kept_ptr += BLOCK_T * kept_stride
+    first_row = (tl.program_id(1) * BLOCK_S).to(tl.int64)
+    offsets = tl.arange(0, BLOCK_S)[:, None] * D + columns
     mask = in_side & in_width
     if NEEDS_GATE:
-        weight = tl.load(weight_ptr + offsets, mask=mask, other=0.0).to(dout_ptr.dtype.element_ty)
-        product = tl.sum(tl.sum(dweight * weight.to(tl.float32), axis=1), axis=0)
+        weight = tl.load(weight_ptr + first_row * D + offsets, mask=mask, other=0.0).to(dout_ptr.dtype.element_ty)
+        product = tl.sum(dweight * weight.to(tl.float32))
         tl.store(dgate_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), -product)
     if HAS_GATE:
         dweight = dweight * (1.0 - tl.load(gate_ptr).to(tl.float32))
-    dweight_ptr += tl.program_id(2).to(tl.int64) * S * D
-    tl.store(dweight_ptr + offsets, dweight.to(dweight_ptr.dtype.element_ty), mask=mask)
+    first_row += tl.program_id(2).to(tl.int64) * S
+    tl.store(dweight_ptr + first_row * D + offsets, dweight.to(dweight_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["parts"], do_not_specialize_on_alignment=["dgate_ptr"])
@@ -222,7 +226,7 @@ def tap_gradients(
     """
     needs_weight, needs_state, needs_gate = needs
     dout, weight = dout.contiguous(), weight.contiguous()
-    tile = gradient_tile(dout.itemsize)
+    tile = gradient_tile(dout.itemsize, scales is not None)
     parts = gradient_parts(*dout.shape, weight.shape[1], tile)
     products = of_state = of_weight = None
     if needs_gate:
@@ -303,9 +307,9 @@ def specs() -> Iterator[KernelSpec]:
                 if dtype != torch.float32 or tokens == 64:
                     yield _forward_spec(tile, pointer, weight, keep_int8)
         for weight, is_int8 in itertools.product({pointer: None, "*fp32": None}, (False, True)):
-            yield _gradient_spec(gradient_tile(dtype.itemsize), pointer, weight, is_int8, is_part=False)
+            yield _gradient_spec(gradient_tile(dtype.itemsize, is_int8), pointer, weight, is_int8, is_part=False)
         for is_int8 in (False, True):
-            yield _gradient_spec(gradient_tile(dtype.itemsize), pointer, pointer, is_int8, is_part=True)
+            yield _gradient_spec(gradient_tile(dtype.itemsize, is_int8), pointer, pointer, is_int8, is_part=True)
         for weight in {pointer: None, "*fp32": None}:
             constants = {"HAS_GATE": True, "NEEDS_GATE": True, "ROUNDED": _TYPES[dtype], "BLOCK": ELEMENTS}
             types = {"parts_ptr": "*fp32", "weight_ptr": weight, "dweight_ptr": weight}

@@ -52,9 +52,12 @@ def forward_tile(tokens: int, itemsize: int, keep_int8: bool) -> ForwardTile:
     return ForwardTile(128, 64, INT8_GROUP, 8, 3)
 
 
-def gradient_tile(itemsize: int) -> GradientTile:
-    """Tile for dweight from dout with items of `itemsize` bytes."""
-    return GradientTile(32, 32, 32, 4, 2) if itemsize == 4 else GradientTile(64, INT8_GROUP, 64, 4, 3)
+def gradient_tile(itemsize: int, is_int8: bool) -> GradientTile:
+    """Tile for dweight from dout with items of `itemsize` bytes, and h or its int8 codes."""
+    if itemsize == 4:
+        return GradientTile(32, 32, 32, 4, 2)
+    # Decoded codes wait in registers: 64 tokens of them spill on sm_86.
+    return GradientTile(64, INT8_GROUP, 32, 4, 4) if is_int8 else GradientTile(64, INT8_GROUP, 64, 4, 3)
 
 
 def gradient_parts(tokens: int, side: int, width: int, tile: GradientTile) -> Parts:
