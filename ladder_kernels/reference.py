@@ -183,7 +183,8 @@ def encode_hidden(h: Tensor) -> tuple[Tensor, Tensor]:
     tokens, width = h.shape
     groups = F.pad(h.float(), (0, -width % INT8_GROUP)).view(tokens, -(-width // INT8_GROUP), INT8_GROUP)
     absmax = groups.abs().amax(dim=2)
-    inverse = torch.where(absmax > _SMALLEST_GROUP_ABSMAX, 127 / absmax, 0.0)
+    # A number over a tensor would be the number times a rounded reciprocal.
+    inverse = torch.where(absmax > _SMALLEST_GROUP_ABSMAX, torch.full_like(absmax, 127.0) / absmax, 0.0)
     codes = (groups * inverse[..., None]).round().nan_to_num(0.0).to(torch.int8)
     return codes.flatten(1)[:, :width].contiguous(), absmax * (1 / 127)
 

@@ -53,7 +53,7 @@ def _tile(rows: int, columns: int) -> Tile:
     return Tile(rows, columns, min(32, max(1, rows * columns // (32 * _ELEMENTS_PER_THREAD))))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _rms_norm_fwd_kernel(
     x_ptr, weight_ptr, out_ptr, R, D, x_stride, epsilon, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
 ):
@@ -93,7 +93,7 @@ def _rotary_fwd_kernel(
     tl.store(out_ptr + offsets + HALF, out_second.to(dtype), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["R"])
 def _swiglu_fwd_kernel(
     gate_ptr, up_ptr, out_ptr, R, F, gate_stride, up_stride, BLOCK_R: tl.constexpr, BLOCK_F: tl.constexpr
 ):
