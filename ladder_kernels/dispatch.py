@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -29,6 +31,22 @@ def runs_eagerly(*tensors: Tensor | None) -> bool:
         if tensor is not None and (type(tensor) not in _PLAIN or tensor.is_neg()):
             return False
     return True
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def uses_triton(*tensors: Tensor | None) -> bool:
+    """True if these are the Triton kernels' to compute on: CUDA tensors, none of them fp64.
+
+    Without Triton, which has no wheel for some platforms, plain torch computes on the GPU.
+    """
+    for tensor in tensors:
+        if tensor is not None and (not tensor.is_cuda or tensor.dtype == torch.float64):
+            return False
+    return _has_triton()
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:

@@ -4,19 +4,22 @@
     rotary    x * cos + (-x2, x1) * sin,  x1 and x2 the halves of a head (Llama's half-split convention)
     swiglu    silu(gate) * up
 
-Where nobody needs a gradient, CPU tensors go through one native pass. Everyone else gets plain torch, which autograd,
-tracing and other devices see through, so these are functions and no ops of their own. 16-bit intermediates are rounded
-in both as transformers rounds them: the norm before the weight, silu before the product, products before their sum.
+Where nobody needs a gradient, one native pass computes on CPU tensors and one Triton kernel on CUDA tensors. Everyone
+else gets plain torch, which autograd and tracing see through, so these are functions and no ops of their own. 16-bit
+intermediates are rounded in all three as transformers rounds them: the norm before the weight, silu before the product,
+products before their sum.
 """
 
 from __future__ import annotations
+
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from ladder_kernels import native, reference
 from ladder_kernels.checks import COMPUTE_DTYPES, check_device, check_dtype, check_no_gradient, check_shape
-from ladder_kernels.dispatch import runs_eagerly
+from ladder_kernels.dispatch import runs_eagerly, uses_triton
 
 _DTYPES = (*COMPUTE_DTYPES, torch.float64)
 
@@ -39,11 +42,12 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
         raise ValueError("rms_norm: expected x of shape [..., D], got a 0-dim tensor")
     check_shape("rms_norm", "weight", weight, x.shape[-1:])
     _check_same("rms_norm", ("x", x), ("weight", weight))
-    if _runs_native(x, weight) and x.numel() > 0:
-        if x.dim() == 2:
-            return native.rms_norm(x, weight, epsilon)
-        return native.rms_norm(x.reshape(-1, x.shape[-1]), weight, epsilon).view(x.shape)
-    return reference.rms_norm(x, weight, epsilon)
+    kernels = _kernels(x, weight)
+    if kernels is None or x.numel() == 0:
+        return reference.rms_norm(x, weight, epsilon)
+    if x.dim() == 2:
+        return kernels.rms_norm(x, weight, epsilon)
+    return kernels.rms_norm(x.reshape(-1, x.shape[-1]), weight, epsilon).view(x.shape)
 
 
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -66,9 +70,10 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     check_shape("rotary", "cos", cos, (tokens, size))
     check_shape("rotary", "sin", sin, (tokens, size))
     _check_same("rotary", ("x", x), ("cos", cos), ("sin", sin))
-    if _runs_native(x, cos, sin) and x.stride(1) == size and cos.is_contiguous() and sin.is_contiguous():
-        return native.rotary(x, cos, sin)
-    return reference.rotary(x, cos, sin)
+    kernels = _kernels(x, cos, sin)
+    if kernels is None or x.stride(1) != size or not cos.is_contiguous() or not sin.is_contiguous():
+        return reference.rotary(x, cos, sin)
+    return kernels.rotary(x, cos, sin)
 
 
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
@@ -84,9 +89,10 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
         ValueError, TypeError: shapes, dtypes or devices disagree.
     """
     _check_swiglu(gate, up)
-    if _runs_native(gate, up):
-        return native.swiglu(gate, up, torch.empty(gate.shape, dtype=gate.dtype, device=gate.device))
-    return reference.swiglu(gate, up)
+    kernels = _kernels(gate, up)
+    if kernels is None:
+        return reference.swiglu(gate, up)
+    return kernels.swiglu(gate, up, torch.empty(gate.shape, dtype=gate.dtype, device=gate.device))
 
 
 def swiglu_(gate: Tensor, up: Tensor) -> Tensor:
@@ -100,11 +106,12 @@ def swiglu_(gate: Tensor, up: Tensor) -> Tensor:
         check_no_gradient("swiglu_", name, tensor, "call swiglu, or this under torch.no_grad()")
     shares_memory = gate.untyped_storage()._cdata == up.untyped_storage()._cdata
     is_foreign = gate.is_inference() and not torch.is_inference_mode_enabled()  # torch says why that is wrong
-    if not _runs_native(gate, up) or not gate.is_contiguous() or shares_memory or is_foreign:
+    kernels = _kernels(gate, up)
+    if kernels is None or not gate.is_contiguous() or shares_memory or is_foreign:
         return gate.copy_(reference.swiglu(gate, up))
-    native.swiglu(gate, up, gate)
+    kernels.swiglu(gate, up, gate)
     if not gate.is_inference():
-        # Native code wrote behind autograd's back: whoever saved `gate` for backward must find out.
+        # The kernel wrote behind autograd's back: whoever saved `gate` for backward must find out.
         torch.autograd.graph.increment_version(gate)
     return gate
 
@@ -123,12 +130,18 @@ def _check_same(op: str, first: tuple[str, Tensor], *others: tuple[str, Tensor])
         check_device(op, name, tensor, x.device)
 
 
-def _runs_native(x: Tensor, *others: Tensor) -> bool:
-    """True if one native pass can compute this: plain CPU tensors, rows in one piece, no gradient."""
+def _kernels(x: Tensor, *others: Tensor) -> ModuleType | None:
+    """The module that computes this in one pass: plain tensors, rows in one piece, no gradient. None: plain torch."""
     needs_grad = torch.is_grad_enabled()
-    if not x.is_cpu or x.dtype == torch.float64 or (needs_grad and x.requires_grad) or x.stride(-1) != 1:
-        return False
+    if x.dtype == torch.float64 or (needs_grad and x.requires_grad) or x.stride(-1) != 1:
+        return None
     for tensor in others:
         if tensor.stride(-1) != 1 or (needs_grad and tensor.requires_grad):
-            return False
-    return runs_eagerly(x, *others) and native.available()
+            return None
+    if not runs_eagerly(x, *others):
+        return None
+    if uses_triton(x):
+        from ladder_kernels.gpu import elementwise
+
+        return elementwise
+    return native if x.is_cpu and native.available() else None

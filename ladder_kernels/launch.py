@@ -20,6 +20,10 @@ WIDE_TOKENS = 512
 # A panel that stays in the second-level cache between its decode and its use.
 CACHED_PANEL_BYTES = 1 << 20
 PANEL_ROW_MULTIPLE = 64
+# Logits of a loss chunk, counted in fp32. A GPU reads the whole head for a chunk, twice: 512 rows of Qwen's 152k words,
+# 160 MB in 16 bits, are enough to multiply for longer than that takes.
+LOGIT_CHUNK_BYTES = 64 << 20
+GPU_LOGIT_CHUNK_BYTES = 320 << 20
 # The few-tokens kernel works on whole groups of 64 weights that share a scale, and on up to 16 tokens at a time.
 GROUP = 64
 TOKEN_MULTIPLE = 16
@@ -187,6 +191,11 @@ def panel_rows(tokens: int, rows: int, cols: int, itemsize: int) -> int:
     panels = max(1, -(-rows * cols * itemsize // budget))
     multiple = -(-rows // (panels * PANEL_ROW_MULTIPLE)) * PANEL_ROW_MULTIPLE
     return max(1, min(rows, multiple))
+
+
+def logit_chunk_bytes(device_type: str) -> int:
+    """Budget of a chunk of logits, counted in fp32, on that type of device."""
+    return GPU_LOGIT_CHUNK_BYTES if device_type == "cuda" else LOGIT_CHUNK_BYTES
 
 
 def logit_rows(rows: int, vocabulary: int, itemsize: int, chunk_bytes: int) -> int:

@@ -17,11 +17,9 @@ from torch import Tensor
 
 from ladder_kernels import native, reference
 from ladder_kernels.checks import check_linear_cross_entropy, check_logits, check_no_gradient, check_targets
-from ladder_kernels.dispatch import runs_eagerly
-from ladder_kernels.launch import logit_rows
+from ladder_kernels.dispatch import runs_eagerly, uses_triton
+from ladder_kernels.launch import logit_chunk_bytes, logit_rows
 from ladder_kernels.workspace import Workspace
-
-DEFAULT_CHUNK_BYTES = 64 << 20
 
 
 @torch.library.custom_op(
@@ -58,29 +56,38 @@ def _is_native(hidden: Tensor) -> bool:
 
 
 def _needs_wide_logits(hidden: Tensor) -> bool:
-    """The native kernel widens 16-bit logits as it reads them; torch needs memory for that."""
-    return hidden.dtype.itemsize == 2 and not _is_native(hidden)
+    """The kernels widen 16-bit logits as they read them; torch needs memory for that."""
+    return hidden.dtype.itemsize == 2 and not _is_native(hidden) and not uses_triton(hidden)
 
 
 def _compute_here(
     hidden: Tensor, head_weight: Tensor, targets: Tensor, logits: Tensor, wide_logits: Tensor | None, need_grad: bool
 ) -> tuple[Tensor, Tensor]:
     """Sum of the losses, fp32 (fp64 for fp64), and dhidden [R, D] (empty [0] without need_grad)."""
-    is_native, targets = _is_native(hidden), targets.contiguous()
+    targets = targets.contiguous()
     losses = hidden.new_zeros(hidden.shape[0], dtype=torch.promote_types(hidden.dtype, torch.float32))
     dhidden = torch.empty_like(hidden) if need_grad else hidden.new_empty(0)
     for begin in range(0, hidden.shape[0], logits.shape[0]):
         rows = slice(begin, begin + logits.shape[0])
         size = hidden[rows].shape[0]
         chunk = torch.mm(hidden[rows], head_weight.T, out=logits[:size])
-        if is_native:
-            losses[rows] = native.cross_entropy(chunk, targets[rows], need_grad)
-        else:
-            wide_chunk = None if wide_logits is None else wide_logits[:size]
-            losses[rows] = reference.cross_entropy(chunk, targets[rows], wide_chunk, need_grad)
+        wide_chunk = None if wide_logits is None else wide_logits[:size]
+        _softmax(chunk, targets[rows], losses[rows], wide_chunk, need_grad)
         if need_grad:
             torch.mm(chunk, head_weight, out=dhidden[rows])
     return losses.sum(), dhidden
+
+
+def _softmax(chunk: Tensor, targets: Tensor, losses: Tensor, wide_chunk: Tensor | None, need_grad: bool) -> None:
+    """Write the losses of a chunk of logits, and with need_grad their gradient over the logits."""
+    if uses_triton(chunk):
+        from ladder_kernels.gpu.cross_entropy import cross_entropy
+
+        cross_entropy(chunk, targets, losses, need_grad)
+    elif _is_native(chunk):
+        losses.copy_(native.cross_entropy(chunk, targets, need_grad))
+    else:
+        losses.copy_(reference.cross_entropy(chunk, targets, wide_chunk, need_grad))
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -113,7 +120,7 @@ def linear_cross_entropy(
     head_weight: Tensor,
     targets: Tensor,
     *,
-    chunk_bytes: int = DEFAULT_CHUNK_BYTES,
+    chunk_bytes: int | None = None,
     workspace: Workspace | None = None,
 ) -> Tensor:
     """Sum of the cross entropies of the rows under a frozen head; the gradient to hidden comes from the same pass.
@@ -122,7 +129,7 @@ def linear_cross_entropy(
         hidden: [R, D] fp32, bf16, fp16 (or fp64), the supervised rows only, after the final norm.
         head_weight: [V, D] in hidden.dtype, frozen.
         targets: int64 [R]; -100 pads a bucket and contributes nothing.
-        chunk_bytes: budget of the logits buffer, counted in at least fp32.
+        chunk_bytes: budget of the logits buffer, counted in at least fp32; `launch.logit_chunk_bytes` by default.
         workspace: keeps that buffer between calls. Without one it is allocated for this call.
 
     Returns:
@@ -130,11 +137,13 @@ def linear_cross_entropy(
 
     Raises:
         ValueError, TypeError: shapes, dtypes or devices disagree, head_weight requires a gradient, chunk_bytes is not
-            positive, or (checked on a CPU only) a target is neither -100 nor in [0, V).
+            positive, or a target is neither -100 nor in [0, V). On a GPU nobody waits to find out: the loss is NaN.
     """
     op = "linear_cross_entropy"
     check_linear_cross_entropy(hidden, head_weight, targets)
     check_no_gradient(op, "head_weight", head_weight, "the head is frozen: call head_weight.requires_grad_(False)")
+    if chunk_bytes is None:
+        chunk_bytes = logit_chunk_bytes(hidden.device.type)
     if chunk_bytes <= 0:
         raise ValueError(f"{op}: expected positive chunk_bytes, got {chunk_bytes}")
     if targets.device.type == "cpu" and runs_eagerly(targets):

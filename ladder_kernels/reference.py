@@ -16,9 +16,12 @@ IGNORE_INDEX = -100
 ABSMAX_BLOCK = 256  # scales per block of double quantization
 BLOCK_SIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 
+INT8_GROUP = 64  # columns of a hidden state that share a scale when it is kept as int8
+
 _CHUNK = 1 << 20  # weights processed at a time, so that temporaries stay in the cache; a multiple of every block size
 _SMALLEST_ABSMAX = 1e-38  # bitsandbytes' floor: an all-zero block divides by this
 _GRADIENT_CHUNK_BYTES = 8 << 20
+_SMALLEST_GROUP_ABSMAX = 1e-36  # below it 127 / absmax is no fp32 number: such a group is kept as zeros
 
 
 def quantize_nf4(weight: Tensor, thresholds: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
@@ -143,18 +146,52 @@ def tap(h: Tensor, weight: Tensor, state: Tensor | None, gate: Tensor | None) ->
     return z.mul_(1 - gate).add_(gate * state)
 
 
-def tap_weight_gradient(dout: Tensor, h: Tensor, dtype: torch.dtype) -> Tensor:
-    """dout^T @ h: [T, S], [T, D] -> [S, D] in `dtype`, multiplied and accumulated in the wider of the two dtypes."""
-    wide = torch.promote_types(dtype, h.dtype)
-    if wide == h.dtype:
-        return (dout.T @ h).to(dtype)
-    dweight = dout.new_empty(dout.shape[1], h.shape[1], dtype=dtype)
+def tap_weight_gradient(dout: Tensor, kept: Tensor, scales: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """dout^T @ h: [T, S], [T, D] -> [S, D] in `dtype`, multiplied and accumulated in the wider of the two dtypes.
+
+    kept is h in the dtype of dout, or with scales its int8 codes.
+    """
+    wide = torch.promote_types(dtype, dout.dtype)
+    if wide == dout.dtype and scales is None:
+        return (dout.T @ kept).to(dtype)
+    dweight = dout.new_empty(dout.shape[1], kept.shape[1], dtype=dtype)
     wide_dout = dout.to(wide)
-    columns = max(1, _GRADIENT_CHUNK_BYTES // (max(1, h.shape[0]) * wide.itemsize))
-    for begin in range(0, h.shape[1], columns):
+    columns = max(1, _GRADIENT_CHUNK_BYTES // (max(1, kept.shape[0]) * wide.itemsize))
+    if scales is not None:
+        columns = max(INT8_GROUP, columns - columns % INT8_GROUP)
+    for begin in range(0, kept.shape[1], columns):
         # A wider copy of all of h would be larger than the activation itself.
-        dweight[:, begin : begin + columns] = wide_dout.T @ h[:, begin : begin + columns].to(wide)
+        h = kept[:, begin : begin + columns]
+        if scales is not None:
+            h = decode_hidden(h, scales[:, begin // INT8_GROUP :], dout.dtype)
+        dweight[:, begin : begin + columns] = wide_dout.T @ h.to(wide)
     return dweight
+
+
+def encode_hidden(h: Tensor) -> tuple[Tensor, Tensor]:
+    """h in 8 bits: code = round(127 * h / absmax), scale = absmax / 127, absmax over 64 neighbouring columns of a row.
+
+    What `decode_hidden` returns is off by at most absmax / 254 and the rounding to its dtype, so the few very large
+    columns that hidden states have spoil only their own group. A group with an infinity decodes to NaN.
+
+    Args:
+        h: [T, D].
+
+    Returns:
+        codes int8 [T, D] and scales fp32 [T, ceil(D / 64)].
+    """
+    tokens, width = h.shape
+    groups = F.pad(h.float(), (0, -width % INT8_GROUP)).view(tokens, -(-width // INT8_GROUP), INT8_GROUP)
+    absmax = groups.abs().amax(dim=2)
+    # A number over a tensor would be the number times a rounded reciprocal.
+    inverse = torch.where(absmax > _SMALLEST_GROUP_ABSMAX, torch.full_like(absmax, 127.0) / absmax, 0.0)
+    codes = (groups * inverse[..., None]).round().nan_to_num(0.0).to(torch.int8)
+    return codes.flatten(1)[:, :width].contiguous(), absmax * (1 / 127)
+
+
+def decode_hidden(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """code * scale, [T, D] in `dtype`; scales [T, at least ceil(D / 64)]."""
+    return (codes * scales.repeat_interleave(INT8_GROUP, dim=1)[:, : codes.shape[1]]).to(dtype)
 
 
 def cross_entropy(logits: Tensor, targets: Tensor, wide_logits: Tensor | None, need_grad: bool) -> Tensor:

@@ -38,15 +38,16 @@ def test_nf4_linear(shape, dtype, with_bias):
     opcheck(torch.ops.ladder.nf4_linear.default, (x, bias, rows, scratch, *weight.tensors))
 
 
+@pytest.mark.parametrize("keep_int8", [False, True])
 @pytest.mark.parametrize("merge", ["first", "sum", "gate"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_tap(shape, dtype, merge):
+def test_tap(shape, dtype, merge, keep_int8):
     tokens, width, side = shape
     weight = torch.randn(side, width, requires_grad=True)
     state = None if merge == "first" else torch.randn(tokens, side, dtype=dtype, requires_grad=True)
     gate = torch.tensor(0.3, requires_grad=True) if merge == "gate" else None
-    opcheck(torch.ops.ladder.tap.default, (torch.randn(tokens, width, dtype=dtype), weight, state, gate))
+    opcheck(torch.ops.ladder.tap.default, (torch.randn(tokens, width, dtype=dtype), weight, state, gate, keep_int8))
 
 
 @pytest.mark.parametrize("need_grad", [False, True])

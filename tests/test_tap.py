@@ -7,11 +7,14 @@ import torch
 from numerics import assert_close_to_truth
 from torch import Tensor
 
-from ladder_kernels import tap
+from ladder_kernels import reference, tap
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [(64, 128, 32), (37, 71, 13), (1, 1, 1)]
 MERGES = ["first", "sum", "gate"]
+
+
+INT8_SHAPES = [(64, 128, 32), (37, 71, 13), (3, 5, 2), (1, 1, 1)]
 
 
 def inputs(
@@ -83,7 +86,58 @@ def test_weight_gradient_in_column_chunks(monkeypatch):
     test_fp32_weight_gradient_beside_bf16_is_not_rounded_to_bf16()
 
 
-def saved_by(merge: str, train_gate: bool) -> list[tuple[int, ...]]:
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", INT8_SHAPES, ids=str)
+def test_an_int8_copy_decodes_within_half_a_step(shape, dtype):
+    h = (torch.randn(shape[:2]) * 10).to(dtype)
+    h[:, ::7] *= 100  # the few large columns of hidden states
+    codes, scales = reference.encode_hidden(h)
+    decoded = reference.decode_hidden(codes, scales, dtype)
+    groups = -(-shape[1] // 64)
+    assert codes.dtype == torch.int8 and codes.shape == h.shape
+    assert scales.dtype == torch.float32 and scales.shape == (shape[0], groups)
+    assert decoded.dtype == dtype
+    for group in range(groups):
+        columns = slice(64 * group, 64 * group + 64)
+        absmax = h[:, columns].double().abs().amax(dim=1, keepdim=True)
+        bound = absmax * (1 / 254 + 1e-6 + torch.finfo(dtype).eps / 2)
+        assert bool(((decoded[:, columns].double() - h[:, columns].double()).abs() <= bound).all())
+        assert bool((decoded[:, columns].abs().double() >= absmax * (1 - 1e-2)).any(dim=1).all()), "the largest stays"
+
+
+def test_an_int8_copy_of_what_is_tiny_or_not_finite():
+    h = torch.zeros(4, 70)
+    h[1, 3], h[2, 3], h[3, 3], h[1:, 65] = 1e-38, torch.inf, torch.nan, 2.0
+    decoded = reference.decode_hidden(*reference.encode_hidden(h), torch.float32)
+    assert bool((decoded[0] == 0).all()) and float((decoded[1, :64] - h[1, :64]).abs().max()) <= 1e-38
+    assert bool(decoded[2:, :64].isnan().all()), "whoever reads it must notice"
+    torch.testing.assert_close(decoded[1:, 64:], h[1:, 64:])
+
+
+@pytest.mark.parametrize("merge", MERGES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", INT8_SHAPES, ids=str)
+def test_gradients_from_an_int8_copy(shape, dtype, merge):
+    """They are those of the decoded copy, and so as far from the exact ones as the copy is from h."""
+    exact = inputs(shape, merge, dtype, torch.float32)
+    from_copy, of_decoded = copied(exact), copied(exact)
+    of_decoded[0] = reference.decode_hidden(*reference.encode_hidden(exact[0]), dtype)
+    results = [tap(*exact), tap(*from_copy, keep="int8"), tap(*of_decoded)]
+    assert torch.equal(results[0], results[1]), "the result is that of h itself"
+    dout = torch.randn(shape[0], shape[2]).to(dtype)
+    for result in results:
+        result.backward(dout)
+    for leaf, other in zip(from_copy[1:], of_decoded[1:], strict=True):
+        if leaf is not None:
+            torch.testing.assert_close(leaf.grad, other.grad, rtol=1e-5, atol=1e-5)
+    # |error of dweight| <= sum over tokens of |dout| * error of h, each at most absmax / 254 and half an ulp.
+    absmax = exact[0].double().abs().amax(dim=1, keepdim=True).expand(shape[:2])
+    step = absmax * (1 / 254 + torch.finfo(dtype).eps / 2)
+    bound = dout.double().abs().T @ step + 1e-5
+    assert bool(((from_copy[1].grad.double() - exact[1].grad.double()).abs() <= bound).all())
+
+
+def saved_by(merge: str, train_gate: bool, **options: str) -> list[tuple[int, ...]]:
     tensors = inputs((6, 10, 3), merge, torch.float32, torch.float32)
     if tensors[3] is not None:
         tensors[3].requires_grad_(train_gate)
@@ -94,7 +148,7 @@ def saved_by(merge: str, train_gate: bool) -> list[tuple[int, ...]]:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        tap(*tensors)
+        tap(*tensors, **options)
     return sorted(saved)
 
 
@@ -104,6 +158,8 @@ def test_what_is_kept_for_backward():
     assert saved_by("sum", False) == sorted([h, weight])
     assert saved_by("gate", False) == sorted([h, weight, gate])
     assert saved_by("gate", True) == sorted([h, weight, gate, state])
+    assert saved_by("first", False, keep="int8") == sorted([h, (6, 1), weight])
+    assert saved_by("gate", True, keep="int8") == sorted([h, (6, 1), weight, gate, state])
 
 
 @pytest.mark.parametrize("merge", MERGES)
@@ -135,11 +191,13 @@ def test_inputs_are_not_written():
 def test_eager_and_dispatched_agree():
     tensors = inputs((6, 10, 3), "gate", torch.float32, torch.float32)
     with torch.no_grad():
-        assert torch.equal(tap(*tensors), torch.ops.ladder.tap(*tensors))
+        assert torch.equal(tap(*tensors), torch.ops.ladder.tap(*tensors, False)[0])
 
 
 def test_wrong_arguments():
     h, weight, state, gate = inputs((6, 10, 3), "gate", torch.float32, torch.float32)
+    with pytest.raises(ValueError, match="tap: expected keep 'input' or 'int8', got 'int4'"):
+        tap(h, weight, keep="int4")
     with pytest.raises(ValueError, match=r"tap: h requires a gradient.*detach"):
         tap(h.clone().requires_grad_(), weight)
     with pytest.raises(ValueError, match=r"expected weight of shape \[S, 10\], got \[3, 9\]"):

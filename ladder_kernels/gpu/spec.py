@@ -9,6 +9,7 @@ import torch
 
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 TURING = 75  # no bf16, no asynchronous copies: the fp16 kernels run there too
+POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16"}  # Triton's names
 
 
 class KernelSpec(NamedTuple):
