@@ -20,6 +20,8 @@ KERNEL_TESTS = (
     "test_nf4",
     "test_nf4_linear",
     "test_tap",
+    "test_side_layer",
+    "test_gpu_side_layer",
     "test_linear_cross_entropy",
     "test_elementwise",
     "test_ops",
