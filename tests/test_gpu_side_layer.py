@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from numerics import assert_close_to_truth, assert_same_bits
@@ -58,7 +56,7 @@ def plain(tensors: list[Tensor], tables: list[Tensor], shape: SideLayerShape, do
 
 
 def compare(
-    tensors: list[Tensor], tables: list[Tensor], shape: SideLayerShape, actual: list[Tensor], dout: Any
+    tensors: list[Tensor], tables: list[Tensor], shape: SideLayerShape, actual: list[Tensor], dout: Tensor
 ) -> None:
     dtype = tensors[0].dtype
     rounded = [t.to(dtype).double() for t in tensors]

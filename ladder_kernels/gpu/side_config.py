@@ -49,7 +49,7 @@ def power_of_two(size: int) -> int:
 
 
 def _depth(size: int, limit: int) -> int:
-    """A step along a sum of `size` terms: one that divides it if there is one from 32 up to `limit`, at most `limit`."""
+    """A step of 32 to `limit` along a sum of `size` terms: the largest that divides it, else 32."""
     step = limit
     while step > 32 and size % step:
         step //= 2
@@ -86,16 +86,12 @@ def linear_config(cols: int, depth: int, itemsize: int, architecture: int) -> Ke
 def mlp_config(sizes: SideSizes, itemsize: int, architecture: int) -> KernelConfig:
     """`_side_mlp_fwd_kernel`."""
     block_s = power_of_two(sizes.side_dim)
-    constants = {
-        "S": sizes.side_dim,
-        "MIXED": sizes.mixed,
-        "F": sizes.inner,
-        "BLOCK_S": block_s,
-        "BLOCK_M": 16,
-        "BLOCK_F": 32,
-        "BLOCK_K": 32,
-    }
-    return KernelConfig(constants, 4, 2)
+    rows, num_warps = _whole_rows(block_s, itemsize)
+    # Three tiles of weights, twice where loads run ahead, beside the normed rows: 99 KiB is what sm_86 has.
+    block = max(16, min(64, 16384 // block_s) // itemsize)
+    tile = {"BLOCK_S": block_s, "BLOCK_M": rows, "BLOCK_F": block, "BLOCK_K": block}
+    constants = {"S": sizes.side_dim, "MIXED": sizes.mixed, "F": sizes.inner, **tile}
+    return KernelConfig(constants, num_warps, 1 if block * block_s * itemsize > 16384 else 2)
 
 
 def mlp_backward_config(sizes: SideSizes, itemsize: int, architecture: int) -> KernelConfig:
@@ -106,22 +102,26 @@ def mlp_backward_config(sizes: SideSizes, itemsize: int, architecture: int) -> K
 
 def mlp_dx_config(sizes: SideSizes, itemsize: int, architecture: int) -> KernelConfig:
     """`_side_mlp_bwd_dx_kernel`."""
-    tile = {"BLOCK_S": power_of_two(sizes.side_dim), "BLOCK_M": 16, "BLOCK_K": 32}
-    return KernelConfig({"S": sizes.side_dim, "K": 2 * sizes.inner, **tile}, 4, _stages(itemsize, architecture))
+    block_s = power_of_two(sizes.side_dim)
+    rows, num_warps = _whole_rows(block_s, itemsize)
+    tile = {"BLOCK_S": block_s, "BLOCK_M": rows, "BLOCK_K": 64 // itemsize}
+    stages = _stages(itemsize, architecture)
+    return KernelConfig({"S": sizes.side_dim, "K": 2 * sizes.inner, **tile}, num_warps, stages)
 
 
 def qkv_dx_config(sizes: SideSizes, itemsize: int, architecture: int) -> KernelConfig:
-    """`_side_qkv_bwd_dx_kernel`."""
+    """`_side_qkv_bwd_dx_kernel`: 16 rows, because it holds gradients and tables of both halves of a head besides."""
+    block_s = power_of_two(sizes.side_dim)
     constants = {
         "S": sizes.side_dim,
         "HEADS": sizes.heads,
         "KV_HEADS": sizes.kv_heads,
         "HEAD_DIM": sizes.head_dim,
-        "BLOCK_S": power_of_two(sizes.side_dim),
+        "BLOCK_S": block_s,
         "BLOCK_M": 16,
-        "BLOCK_K": 32,
+        "BLOCK_K": 64 // itemsize,
     }
-    return KernelConfig(constants, 4, 2)
+    return KernelConfig(constants, 8 if block_s > 256 else 4, 2)
 
 
 def norm_dx_config(sizes: SideSizes) -> KernelConfig:
@@ -151,6 +151,13 @@ def cast_config(sizes: SideSizes) -> KernelConfig:
 
 def _weight_sizes(sizes: SideSizes) -> dict[str, int]:
     return {"S": sizes.side_dim, "WIDTH": sizes.qkv, "MIXED": sizes.mixed, "F": sizes.inner}
+
+
+def _whole_rows(block_s: int, itemsize: int) -> tuple[int, int]:
+    """Rows a program holds and its warps. Every program reads all weights, so more rows mean less traffic; with more
+    than 1024 accumulators a warp spilled on sm_86."""
+    rows = 32 if block_s * itemsize <= 512 else 16
+    return rows, 8 if rows * block_s >= 8192 else 4
 
 
 def _stages(itemsize: int, architecture: int) -> int:
