@@ -71,17 +71,18 @@ def _product_over_tokens(
     offs_n = tile % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_m, mask_n = offs_m < M, offs_n < N
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    rows = tl.arange(0, BLOCK_T)
+    left_offsets = rows[:, None] * M + offs_m[None, :]
+    right_offsets = rows[:, None] * N + offs_n[None, :]
     for t in range(0, T, BLOCK_T):
-        rows = (t + tl.arange(0, BLOCK_T)).to(tl.int64)
-        inside = rows < T
+        inside = (rows < T - t)[:, None]
         # Loaded as it lies in memory and turned for the product: the copy to shared memory stays asynchronous.
-        left = tl.load(
-            left_ptr + rows[:, None] * M + offs_m[None, :], mask=inside[:, None] & mask_m[None, :], other=0.0
-        )
-        right = tl.load(
-            right_ptr + rows[:, None] * N + offs_n[None, :], mask=inside[:, None] & mask_n[None, :], other=0.0
-        )
+        left = tl.load(left_ptr + left_offsets, mask=inside & mask_m[None, :], other=0.0)
+        right = tl.load(right_ptr + right_offsets, mask=inside & mask_n[None, :], other=0.0)
         acc = tl.dot(tl.trans(left), right, acc, input_precision="ieee")
+        # Moving the pointers keeps the offsets in 32 bits, which is what the registers of four loops have room for.
+        left_ptr += BLOCK_T * M
+        right_ptr += BLOCK_T * N
     where = offs_m.to(tl.int64)[:, None] * N + offs_n[None, :]
     tl.store(out_ptr + where, acc.to(out_ptr.dtype.element_ty), mask=mask_m[:, None] & mask_n[None, :])
 
