@@ -19,7 +19,8 @@ from ladder_kernels.side_layer import SideLayerShape, _plain_backward
 
 pytestmark = pytest.mark.gpu
 
-DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if torch.cuda.is_available() else [])]
+# The interpreter has no right bf16, and a GPU multiplies fp32 through plain torch.
+DTYPES = [torch.float16, torch.bfloat16 if torch.cuda.is_available() else torch.float32]
 # S, Hq, Hkv, d, F and the documents: aligned, ragged, tiny, and wider than one program's rows.
 SHAPES = {
     "aligned": ((64, 2, 1, 32, 96), (64,)),
@@ -163,20 +164,17 @@ def test_configurations() -> None:
     narrow, seven_b, wide = (SideSizes(s, s // 32, 1, 32, 5 * s) for s in (64, 224, 1024))
     assert [sizes.is_fused for sizes in (narrow, seven_b, wide)] == [True, True, False]
     assert (seven_b.mixed, seven_b.qkv) == (224, 288)
-    # More rows a program read the weights less often; what is on chip grows with the padded width and the item size.
-    rows = [side_config.mlp_config(sizes, 2, 86).constants["BLOCK_M"] for sizes in (narrow, seven_b)]
-    assert rows == [32, 32]
-    assert side_config.mlp_config(seven_b, 4, 86).constants["BLOCK_M"] == 16
-    assert side_config.mlp_config(SideSizes(352, 11, 1, 32, 96), 2, 90).constants["BLOCK_M"] == 16
+    tiles = [side_config.mlp_config(SideSizes(s, s // 32, 1, 32, 96)).constants for s in (64, 224, 256, 288, 384)]
+    assert [tile["BLOCK_M"] for tile in tiles] == [32, 32, 32, 16, 16]
+    assert [tile["BLOCK_S"] for tile in tiles] == [64, 256, 256, 512, 512]
     # Steps along a sum divide it where they can: 224 = 7 x 32.
-    assert side_config.qkv_config(seven_b, 2, 90, store_normed=False).constants["BLOCK_K"] == 32
-    assert side_config.qkv_config(wide, 2, 90, store_normed=False).constants["BLOCK_K"] == 64
+    assert side_config.qkv_config(seven_b, store_normed=False).constants["BLOCK_K"] == 32
+    assert side_config.qkv_config(wide, store_normed=False).constants["BLOCK_K"] == 64
 
 
 def test_specs_are_unique_and_name_every_argument() -> None:
     every = list(specs())
-    assert len({(spec.name, spec.architectures) for spec in every}) == len(every)
+    assert len({spec.name for spec in every}) == len(every)
     for spec in every:
         assert set(spec.types) | set(spec.constants) == set(spec.kernel.arg_names)
         assert not set(spec.types) & set(spec.constants)
-        assert (75 in spec.architectures) <= ("bf16" not in spec.name)

@@ -1,4 +1,8 @@
-"""Launch configurations of a side layer's kernels: pure functions of its sizes, the dtype and the architecture."""
+"""Launch configurations of a side layer's kernels: pure functions of its sizes.
+
+They serve 16-bit states from sm_80 on and fit the 99 KiB of shared memory that sm_86, 89 and 120 have. Elsewhere the
+layer is plain torch: Triton multiplies fp32, and everything on sm_75, without tensor cores and with spills.
+"""
 
 from __future__ import annotations
 
@@ -48,15 +52,12 @@ def power_of_two(size: int) -> int:
     return max(16, 1 << (size - 1).bit_length())
 
 
-def _depth(size: int, limit: int) -> int:
-    """A step of 32 to `limit` along a sum of `size` terms: the largest that divides it, else 32."""
-    step = limit
-    while step > 32 and size % step:
-        step //= 2
-    return step
+def _depth(size: int) -> int:
+    """Step along a sum of `size` terms: 64 where that divides it."""
+    return 32 if size % 64 else 64
 
 
-def qkv_config(sizes: SideSizes, itemsize: int, architecture: int, *, store_normed: bool) -> KernelConfig:
+def qkv_config(sizes: SideSizes, *, store_normed: bool) -> KernelConfig:
     """`_side_qkv_fwd_kernel`."""
     constants = {
         "S": sizes.side_dim,
@@ -66,50 +67,48 @@ def qkv_config(sizes: SideSizes, itemsize: int, architecture: int, *, store_norm
         "STORE_NORMED": store_normed,
         "BLOCK_M": 64,
         "BLOCK_N": 32,
-        "BLOCK_K": _depth(sizes.side_dim, 64),
+        "BLOCK_K": _depth(sizes.side_dim),
     }
-    return KernelConfig(constants, 4, _stages(itemsize, architecture))
+    return KernelConfig(constants, 4, 3)
 
 
-def swiglu_config(sizes: SideSizes, itemsize: int, architecture: int) -> KernelConfig:
+def swiglu_config(sizes: SideSizes) -> KernelConfig:
     """`_side_swiglu_fwd_kernel`."""
-    tile = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": _depth(sizes.side_dim, 128 // itemsize)}
-    return KernelConfig({"S": sizes.side_dim, "F": sizes.inner, **tile}, 4, _stages(itemsize, architecture))
+    tile = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": _depth(sizes.side_dim)}
+    return KernelConfig({"S": sizes.side_dim, "F": sizes.inner, **tile}, 4, 3)
 
 
-def linear_config(cols: int, depth: int, itemsize: int, architecture: int) -> KernelConfig:
+def linear_config(cols: int, depth: int) -> KernelConfig:
     """`_side_linear_fwd_kernel` for a weight [cols, depth]."""
-    tile = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": _depth(depth, 128 // itemsize)}
-    return KernelConfig({"N": cols, "K": depth, **tile}, 4, _stages(itemsize, architecture))
+    tile = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": _depth(depth)}
+    return KernelConfig({"N": cols, "K": depth, **tile}, 4, 3)
 
 
-def mlp_config(sizes: SideSizes, itemsize: int, architecture: int) -> KernelConfig:
+def mlp_config(sizes: SideSizes) -> KernelConfig:
     """`_side_mlp_fwd_kernel`."""
     block_s = power_of_two(sizes.side_dim)
-    rows, num_warps = _whole_rows(block_s, itemsize)
-    # Three tiles of weights, twice where loads run ahead, beside the normed rows: 99 KiB is what sm_86 has.
-    block = max(16, min(64, 16384 // block_s) // itemsize)
+    rows, num_warps = _whole_rows(block_s)
+    # Three tiles of weights, each twice because loads run ahead, beside the normed rows.
+    block = 32 if block_s <= 256 else 16
     tile = {"BLOCK_S": block_s, "BLOCK_M": rows, "BLOCK_F": block, "BLOCK_K": block}
-    constants = {"S": sizes.side_dim, "MIXED": sizes.mixed, "F": sizes.inner, **tile}
-    return KernelConfig(constants, num_warps, 1 if block * block_s * itemsize > 16384 else 2)
+    return KernelConfig({"S": sizes.side_dim, "MIXED": sizes.mixed, "F": sizes.inner, **tile}, num_warps, 2)
 
 
-def mlp_backward_config(sizes: SideSizes, itemsize: int, architecture: int) -> KernelConfig:
+def mlp_backward_config(sizes: SideSizes) -> KernelConfig:
     """`_side_mlp_bwd_kernel`."""
     tile = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_K": 32}
-    return KernelConfig({"S": sizes.side_dim, "F": sizes.inner, **tile}, 8, _stages(itemsize, architecture))
+    return KernelConfig({"S": sizes.side_dim, "F": sizes.inner, **tile}, 8, 3)
 
 
-def mlp_dx_config(sizes: SideSizes, itemsize: int, architecture: int) -> KernelConfig:
+def mlp_dx_config(sizes: SideSizes) -> KernelConfig:
     """`_side_mlp_bwd_dx_kernel`."""
     block_s = power_of_two(sizes.side_dim)
-    rows, num_warps = _whole_rows(block_s, itemsize)
-    tile = {"BLOCK_S": block_s, "BLOCK_M": rows, "BLOCK_K": 64 // itemsize}
-    stages = _stages(itemsize, architecture)
-    return KernelConfig({"S": sizes.side_dim, "K": 2 * sizes.inner, **tile}, num_warps, stages)
+    rows, num_warps = _whole_rows(block_s)
+    tile = {"BLOCK_S": block_s, "BLOCK_M": rows, "BLOCK_K": 32}
+    return KernelConfig({"S": sizes.side_dim, "K": 2 * sizes.inner, **tile}, num_warps, 3)
 
 
-def qkv_dx_config(sizes: SideSizes, itemsize: int, architecture: int) -> KernelConfig:
+def qkv_dx_config(sizes: SideSizes) -> KernelConfig:
     """`_side_qkv_bwd_dx_kernel`: 16 rows, because it holds gradients and tables of both halves of a head besides."""
     block_s = power_of_two(sizes.side_dim)
     constants = {
@@ -119,7 +118,7 @@ def qkv_dx_config(sizes: SideSizes, itemsize: int, architecture: int) -> KernelC
         "HEAD_DIM": sizes.head_dim,
         "BLOCK_S": block_s,
         "BLOCK_M": 16,
-        "BLOCK_K": 64 // itemsize,
+        "BLOCK_K": 32,
     }
     return KernelConfig(constants, 8 if block_s > 256 else 4, 2)
 
@@ -137,11 +136,11 @@ def rotary_config(sizes: SideSizes) -> KernelConfig:
     return KernelConfig({**heads, "BLOCK_M": 32, "BLOCK_N": 64}, 4, 1)
 
 
-def weights_config(sizes: SideSizes, itemsize: int, architecture: int) -> KernelConfig:
+def weights_config(sizes: SideSizes) -> KernelConfig:
     """`_side_weights_bwd_dw_kernel`. Narrow layers have few tiles: smaller ones keep more of the device busy."""
     block = 32 if sizes.side_dim <= 128 else 64
-    tile = {"BLOCK_M": block, "BLOCK_N": block, "BLOCK_T": 128 // itemsize}
-    return KernelConfig({**_weight_sizes(sizes), **tile}, 4, _stages(itemsize, architecture))
+    tile = {"BLOCK_M": block, "BLOCK_N": block, "BLOCK_T": 64}
+    return KernelConfig({**_weight_sizes(sizes), **tile}, 4, 3)
 
 
 def cast_config(sizes: SideSizes) -> KernelConfig:
@@ -153,12 +152,8 @@ def _weight_sizes(sizes: SideSizes) -> dict[str, int]:
     return {"S": sizes.side_dim, "WIDTH": sizes.qkv, "MIXED": sizes.mixed, "F": sizes.inner}
 
 
-def _whole_rows(block_s: int, itemsize: int) -> tuple[int, int]:
+def _whole_rows(block_s: int) -> tuple[int, int]:
     """Rows a program holds and its warps. Every program reads all weights, so more rows mean less traffic; with more
     than 1024 accumulators a warp spilled on sm_86."""
-    rows = 32 if block_s * itemsize <= 512 else 16
+    rows = 32 if block_s <= 256 else 16
     return rows, 8 if rows * block_s >= 8192 else 4
-
-
-def _stages(itemsize: int, architecture: int) -> int:
-    return 2 if itemsize > 2 or architecture < 80 else 3

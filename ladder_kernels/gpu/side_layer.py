@@ -34,7 +34,6 @@ from ladder_kernels.gpu.side_forward import (
     _side_swiglu_fwd_kernel,
 )
 from ladder_kernels.gpu.side_weights import _side_cast_fwd_kernel, _side_weights_bwd_dw_kernel
-from ladder_kernels.gpu.spec import architecture
 from ladder_kernels.side_layer import SideLayerShape, SideLayerWeights
 
 _ALIGNMENT = 64  # elements: every parameter of the rounded copy starts at a multiple of 128 bytes
@@ -50,8 +49,6 @@ class _Layer(NamedTuple):
     offsets: Tensor | None
     shape: SideLayerShape
     tokens: int
-    itemsize: int
-    architecture: int
 
 
 def side_layer(
@@ -98,8 +95,7 @@ def _layer(
     sizes = SideSizes(state.shape[1], shape.heads, shape.kv_heads, shape.head_dim, weights.mlp_out.shape[1])
     if weights.qkv.dtype != state.dtype:
         weights = _cast(weights, state.dtype, sizes)
-    arch = architecture(state.device)
-    return _Layer(sizes, weights, cos, sin, offsets, shape, state.shape[0], state.element_size(), arch)
+    return _Layer(sizes, weights, cos, sin, offsets, shape, state.shape[0])
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], chosen: KernelConfig, *arguments: Any) -> None:
@@ -135,7 +131,7 @@ def _split(layer: _Layer, heads: Tensor) -> tuple[Tensor, ...]:
 def _qkv(layer: _Layer, state: Tensor, *, store_normed: bool) -> tuple[Tensor, Tensor]:
     """q, k and v side by side, rotated [T, N], and the normed state [T, S] if asked for."""
     sizes = layer.sizes
-    chosen = config.qkv_config(sizes, layer.itemsize, layer.architecture, store_normed=store_normed)
+    chosen = config.qkv_config(sizes, store_normed=store_normed)
     heads = state.new_empty(layer.tokens, sizes.qkv)
     normed = torch.empty_like(state) if store_normed else heads
     blocks_n = _blocks(sizes.qkv // 2, chosen.constants["BLOCK_N"])
@@ -148,7 +144,7 @@ def _qkv(layer: _Layer, state: Tensor, *, store_normed: bool) -> tuple[Tensor, T
 
 def _mlp(layer: _Layer, state: Tensor, mixed: Tensor) -> Tensor:
     """The output [T, S] of the layer from the attention's output."""
-    chosen = config.mlp_config(layer.sizes, layer.itemsize, layer.architecture)
+    chosen = config.mlp_config(layer.sizes)
     out = torch.empty_like(state)
     weights = layer.weights
     tensors = (state, mixed, weights.attention_out, weights.mlp_norm, weights.gate_up, weights.mlp_out, out)
@@ -160,7 +156,7 @@ def _mlp(layer: _Layer, state: Tensor, mixed: Tensor) -> Tensor:
 def _linear(layer: _Layer, x: Tensor, weight: Tensor, residual: Tensor) -> Tensor:
     """residual + x @ weight^T."""
     cols, depth = weight.shape
-    chosen = config.linear_config(cols, depth, layer.itemsize, layer.architecture)
+    chosen = config.linear_config(cols, depth)
     out = torch.empty_like(residual)
     grid = (_blocks(layer.tokens, chosen.constants["BLOCK_M"]), _blocks(cols, chosen.constants["BLOCK_N"]))
     _launch(_side_linear_fwd_kernel, grid, chosen, x, weight, residual, out, layer.tokens)
@@ -169,7 +165,7 @@ def _linear(layer: _Layer, x: Tensor, weight: Tensor, residual: Tensor) -> Tenso
 
 def _swiglu(layer: _Layer, u: Tensor) -> Tensor:
     """The MLP's activation [T, F]."""
-    chosen = config.swiglu_config(layer.sizes, layer.itemsize, layer.architecture)
+    chosen = config.swiglu_config(layer.sizes)
     activation = u.new_empty(layer.tokens, layer.sizes.inner)
     blocks_n = _blocks(layer.sizes.inner, chosen.constants["BLOCK_N"])
     grid = (_blocks(layer.tokens, chosen.constants["BLOCK_M"]), blocks_n)
@@ -181,7 +177,7 @@ def _swiglu(layer: _Layer, u: Tensor) -> Tensor:
 def _mlp_backward(layer: _Layer, u: Tensor, dout: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The normed rows [T, S], the activation [T, F], and the gradients of gate and up [T, 2 F]."""
     inner = layer.sizes.inner
-    chosen = config.mlp_backward_config(layer.sizes, layer.itemsize, layer.architecture)
+    chosen = config.mlp_backward_config(layer.sizes)
     normed, activation = torch.empty_like(u), u.new_empty(layer.tokens, inner)
     dgate_up = u.new_empty(layer.tokens, 2 * inner)
     weights = layer.weights
@@ -196,7 +192,7 @@ def _mlp_dx(layer: _Layer, dgate_up: Tensor, u: Tensor, dout: Tensor) -> tuple[T
     weights = layer.weights
     if not layer.sizes.is_fused:
         return _norm_dx(layer, dgate_up @ weights.gate_up, u, weights.mlp_norm, dout)
-    chosen = config.mlp_dx_config(layer.sizes, layer.itemsize, layer.architecture)
+    chosen = config.mlp_dx_config(layer.sizes)
     blocks = _blocks(layer.tokens, chosen.constants["BLOCK_M"])
     du, partial = torch.empty_like(u), u.new_empty(blocks, layer.sizes.side_dim, dtype=torch.float32)
     tensors = (dgate_up, weights.gate_up, u, weights.mlp_norm, dout, du, partial)
@@ -214,7 +210,7 @@ def _qkv_dx(layer: _Layer, dheads: tuple[Tensor, ...], state: Tensor, du: Tensor
         grid = (_blocks(layer.tokens, chosen.constants["BLOCK_M"]), blocks_n)
         _launch(_side_rotary_bwd_kernel, grid, chosen, *dheads, layer.cos, layer.sin, dqkv, layer.tokens)
         return dqkv, *_norm_dx(layer, dqkv @ weights.qkv, state, weights.attention_norm, du)
-    chosen = config.qkv_dx_config(sizes, layer.itemsize, layer.architecture)
+    chosen = config.qkv_dx_config(sizes)
     blocks = _blocks(layer.tokens, chosen.constants["BLOCK_M"])
     dstate, partial = torch.empty_like(state), state.new_empty(blocks, sizes.side_dim, dtype=torch.float32)
     tensors = (*dheads, layer.cos, layer.sin, weights.qkv, state, weights.attention_norm, du, dqkv, dstate, partial)
@@ -240,7 +236,7 @@ def _weight_gradients(
     mlp_partial: Tensor,
 ) -> tuple[Tensor, ...]:
     sizes = layer.sizes
-    chosen = config.weights_config(sizes, layer.itemsize, layer.architecture)
+    chosen = config.weights_config(sizes)
     gradients = tuple(torch.empty_like(weight) for weight in weights)
     block_m, block_n = chosen.constants["BLOCK_M"], chosen.constants["BLOCK_N"]
     shapes = [gradient.shape for gradient in gradients if gradient.dim() == 2]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from ladder_kernels.gpu import side_config as config
@@ -21,7 +21,7 @@ from ladder_kernels.gpu.side_forward import (
     _side_swiglu_fwd_kernel,
 )
 from ladder_kernels.gpu.side_weights import _side_cast_fwd_kernel, _side_weights_bwd_dw_kernel
-from ladder_kernels.gpu.spec import ARCHITECTURES, TURING, KernelSpec
+from ladder_kernels.gpu.spec import KernelSpec
 
 # One size of each padded width and of each way to compute: Qwen2.5 0.5B, 7B and 3B and Llama-3 8B beside reduction
 # factors of 16, 16, 6 and 4.
@@ -31,10 +31,7 @@ SIZES = (
     SideSizes(352, 11, 1, 32, 1856),
     SideSizes(1024, 16, 4, 64, 3584),
 )
-_ITEMSIZES = {"bf16": 2, "fp16": 2, "fp32": 4}
-_SECOND_SIZES = (SIZES[1], SIZES[-1])
 _KEPT_IN_FP32 = ("attention_partial_ptr", "mlp_partial_ptr", "dnorm_ptr")
-_PARAMETERS = ("attention_norm", "qkv", "attention_out", "mlp_norm", "gate_up", "mlp_out")
 _WEIGHT_GRADIENTS = tuple(
     f"d{name}_ptr"
     for name in ("attention_norm", "qkv_weight", "attention_out", "mlp_norm", "gate_up_weight", "mlp_out")
@@ -42,46 +39,32 @@ _WEIGHT_GRADIENTS = tuple(
 
 
 def specs() -> Iterator[KernelSpec]:
-    """Every kernel in every dtype, size and architecture it is shipped for."""
+    """Every kernel of every size; of fp16, which compiles as bf16 does, those of two sizes."""
     for sizes in SIZES:
-        for dtype, itemsize in _ITEMSIZES.items():
-            # Configurations depend on the size of an item only: bf16 stands for fp16 in the sizes between.
-            if dtype != "bf16" and sizes not in _SECOND_SIZES:
-                continue
-            seen: dict[str, KernelSpec] = {}
-            for architecture in (*ARCHITECTURES, *([TURING] if dtype != "bf16" else [])):
-                for name, kernel, chosen in _kernels(sizes, itemsize, architecture):
-                    key = f"{name}.{chosen.num_warps}.{chosen.num_stages}.{chosen.constants}"
-                    covered = seen[key].architectures if key in seen else ()
-                    seen[key] = _spec(name, kernel, chosen, dtype, sizes, (*covered, architecture))
-            yield from seen.values()
+        for dtype in ("bf16", "fp16") if sizes in (SIZES[1], SIZES[-1]) else ("bf16",):
+            for name, kernel, chosen in _kernels(sizes):
+                yield _spec(name, kernel, chosen, dtype, sizes)
 
 
-def _kernels(sizes: SideSizes, itemsize: int, architecture: int) -> Iterator[tuple[str, Any, KernelConfig]]:
-    at = (sizes, itemsize, architecture)
+def _kernels(sizes: SideSizes) -> Iterator[tuple[str, Any, KernelConfig]]:
     yield "cast", _side_cast_fwd_kernel, config.cast_config(sizes)
-    yield "qkv", _side_qkv_fwd_kernel, config.qkv_config(*at, store_normed=False)
-    yield "qkv_again", _side_qkv_fwd_kernel, config.qkv_config(*at, store_normed=True)
-    linear: Callable[[int, int], KernelConfig] = lambda cols, depth: config.linear_config(  # noqa: E731
-        cols, depth, itemsize, architecture
-    )
-    yield "attention_out", _side_linear_fwd_kernel, linear(sizes.side_dim, sizes.mixed)
-    yield "mlp_bwd", _side_mlp_bwd_kernel, config.mlp_backward_config(*at)
-    yield "weights", _side_weights_bwd_dw_kernel, config.weights_config(*at)
+    yield "qkv", _side_qkv_fwd_kernel, config.qkv_config(sizes, store_normed=False)
+    yield "qkv_again", _side_qkv_fwd_kernel, config.qkv_config(sizes, store_normed=True)
+    yield "attention_out", _side_linear_fwd_kernel, config.linear_config(sizes.side_dim, sizes.mixed)
+    yield "mlp_bwd", _side_mlp_bwd_kernel, config.mlp_backward_config(sizes)
+    yield "weights", _side_weights_bwd_dw_kernel, config.weights_config(sizes)
     if sizes.is_fused:
-        yield "mlp", _side_mlp_fwd_kernel, config.mlp_config(*at)
-        yield "mlp_dx", _side_mlp_bwd_dx_kernel, config.mlp_dx_config(*at)
-        yield "qkv_dx", _side_qkv_bwd_dx_kernel, config.qkv_dx_config(*at)
+        yield "mlp", _side_mlp_fwd_kernel, config.mlp_config(sizes)
+        yield "mlp_dx", _side_mlp_bwd_dx_kernel, config.mlp_dx_config(sizes)
+        yield "qkv_dx", _side_qkv_bwd_dx_kernel, config.qkv_dx_config(sizes)
     else:
-        yield "swiglu", _side_swiglu_fwd_kernel, config.swiglu_config(*at)
-        yield "mlp_out", _side_linear_fwd_kernel, linear(sizes.side_dim, sizes.inner)
+        yield "swiglu", _side_swiglu_fwd_kernel, config.swiglu_config(sizes)
+        yield "mlp_out", _side_linear_fwd_kernel, config.linear_config(sizes.side_dim, sizes.inner)
         yield "norm_dx", _side_norm_bwd_dx_kernel, config.norm_dx_config(sizes)
         yield "rotary_bwd", _side_rotary_bwd_kernel, config.rotary_config(sizes)
 
 
-def _spec(
-    name: str, kernel: Any, chosen: KernelConfig, dtype: str, sizes: SideSizes, architectures: tuple[int, ...]
-) -> KernelSpec:
+def _spec(name: str, kernel: Any, chosen: KernelConfig, dtype: str, sizes: SideSizes) -> KernelSpec:
     def type_of(argument: str) -> str:
         if not argument.endswith("_ptr"):
             return "fp32" if argument == "epsilon" else "i32"
@@ -93,14 +76,12 @@ def _spec(
         )
         return "*fp32" if is_wide else f"*{dtype}"
 
-    options = f"warps{chosen.num_warps}.stages{chosen.num_stages}"
     return KernelSpec(
-        name=f"side_layer.{name}.{dtype}.S{sizes.side_dim}.{options}",
+        name=f"side_layer.{name}.{dtype}.S{sizes.side_dim}",
         kernel=kernel,
         types={argument: type_of(argument) for argument in kernel.arg_names if argument not in chosen.constants},
         constants=chosen.constants,
         num_warps=chosen.num_warps,
         num_stages=chosen.num_stages,
-        architectures=architectures,
-        uses_tensor_cores=dtype != "fp32" and name not in ("cast", "norm_dx", "rotary_bwd"),
+        uses_tensor_cores=name not in ("cast", "norm_dx", "rotary_bwd"),
     )
