@@ -9,11 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from transformers import DynamicCache
+
+import ladder_kernels as kernels
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,7 @@ class SequenceLayout:
     padding: Tensor | None = None
     is_padded: bool = False
     _masks: dict[int | None, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    _offsets: list[Tensor] = field(default_factory=list, repr=False, compare=False)
 
     @classmethod
     def packed(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> SequenceLayout:
@@ -50,6 +54,20 @@ class SequenceLayout:
         columns = (padding.long().cumsum(-1) - 1).clamp_min(0)
         is_padded = not bool(padding.all())  # on a GPU one wait a pass, beside those of sampling
         return cls(columns[:, -query_length:].reshape(-1), (query_length,) * len(padding), padding, is_padded)
+
+    @property
+    def offsets(self) -> Tensor | None:
+        """int32 [documents + 1] on the rows' GPU, where each document begins and the last one ends; None on a CPU.
+
+        Copied there once per layout, from pinned memory, so that nothing waits for it.
+        """
+        device = self.positions.device
+        if device.type != "cuda":
+            return None
+        if not self._offsets:
+            offsets = torch.tensor((0, *accumulate(self.lengths)), dtype=torch.int32, pin_memory=True)
+            self._offsets.append(offsets.to(device, non_blocking=True))
+        return self._offsets[0]
 
     def mask(self, window: int | None) -> Tensor | None:
         """bool [B, 1, q_len, kv_len] for cached attention, True where a query may look; built once per window.
@@ -99,30 +117,7 @@ def attention(
     """
     if cache is not None:
         return _cached_attention(query, key, value, layout, window, cache, layer)
-    lengths = layout.lengths
-    if len(set(lengths)) == 1:
-        out = _document_attention(*(t.unflatten(0, (len(lengths), lengths[0])) for t in (query, key, value)), window)
-        return out.flatten(0, 1).flatten(1)
-    documents = zip(query.split(lengths), key.split(lengths), value.split(lengths), strict=True)
-    return torch.cat([_document_attention(q[None], k[None], v[None], window)[0] for q, k, v in documents]).flatten(1)
-
-
-def _document_attention(query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:
-    """Attention of [B, length, H, d] documents of equal length: the flash path, without a mask where none is needed."""
-    length = query.shape[1]
-    mask = None
-    if window is not None and length > window:
-        distance = torch.arange(length, device=query.device)[:, None] - torch.arange(length, device=query.device)
-        mask = (distance >= 0) & (distance < window)
-    out = F.scaled_dot_product_attention(
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        attn_mask=mask,
-        is_causal=mask is None,
-        enable_gqa=query.shape[2] != key.shape[2],
-    )
-    return out.transpose(1, 2)
+    return kernels.attention(query, key, value, layout.lengths, offsets=layout.offsets, window=window)
 
 
 def _cached_attention(

@@ -23,7 +23,7 @@ from transformers import DynamicCache
 from engine.config import BackboneShape, LadderConfig, SideDims, side_dims
 from engine.connections import connections
 from engine.sequence import SequenceLayout, attention, rotary_table
-from ladder_kernels import rms_norm, rotary, swiglu, tap
+from ladder_kernels import SideLayerWeights, rms_norm, rotary, side_layer, swiglu, tap
 
 
 class Tap(nn.Module):
@@ -100,6 +100,8 @@ class SideLayer(nn.Module):
         cache_layer: int,
     ) -> Tensor:
         """state [T, S] -> [T, S]; tables: (cos, sin) [T, head_dim]; cache_layer: this layer's index in the cache."""
+        if cache is None:
+            return side_layer(state, self._weights(), *tables, layout.lengths, self.eps, offsets=layout.offsets)
         dims, dtype = self.dims, state.dtype
         normed = rms_norm(state, self.attention_norm.to(dtype), self.eps)
         heads = F.linear(normed, self.qkv.to(dtype)).unflatten(-1, (-1, dims.head_dim))
@@ -110,6 +112,11 @@ class SideLayer(nn.Module):
         normed = rms_norm(state, self.mlp_norm.to(dtype), self.eps)
         gate, up = F.linear(normed, self.gate_up.to(dtype)).chunk(2, dim=-1)
         return state + F.linear(swiglu(gate, up), self.mlp_out.to(dtype))
+
+    def _weights(self) -> SideLayerWeights:
+        return SideLayerWeights(
+            self.attention_norm, self.qkv, self.attention_out, self.mlp_norm, self.gate_up, self.mlp_out
+        )
 
 
 class SideNetwork(nn.Module):

@@ -1,21 +1,26 @@
 """Kernels of Ladder training: tensors in, tensors out, no model and no trainer.
 
 Dimension letters, the same in every file: T tokens (rows), M rows of a matrix product, N output features, K input
-features, D hidden width of the backbone, S width of the side network, R supervised rows, V vocabulary.
+features, D hidden width of the backbone, S width of the side network, F inner width of its MLP, R supervised rows,
+V vocabulary.
 """
 
 from __future__ import annotations
 
+from ladder_kernels.attention import attention
 from ladder_kernels.elementwise import rms_norm, rotary, swiglu, swiglu_
 from ladder_kernels.linear_cross_entropy import linear_cross_entropy
 from ladder_kernels.nf4 import NF4Weight, dequantize_nf4, quantize_nf4
 from ladder_kernels.nf4_linear import nf4_linear, nf4_swiglu
+from ladder_kernels.side_layer import SideLayerWeights, side_layer
 from ladder_kernels.tap import tap
 from ladder_kernels.workspace import Workspace
 
 __all__ = [
     "NF4Weight",
+    "SideLayerWeights",
     "Workspace",
+    "attention",
     "dequantize_nf4",
     "linear_cross_entropy",
     "nf4_linear",
@@ -23,6 +28,7 @@ __all__ = [
     "quantize_nf4",
     "rms_norm",
     "rotary",
+    "side_layer",
     "swiglu",
     "swiglu_",
     "tap",

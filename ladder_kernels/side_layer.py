@@ -1,0 +1,235 @@
+"""A side layer: a narrow pre-norm decoder layer that keeps nothing but its input for backward.
+
+    n = rms_norm(s, attention_norm)                     s [T, S]
+    q, k, v = heads of n @ qkv^T, q and k rotated       [T, Hq, d], [T, Hkv, d], [T, Hkv, d]
+    u = s + attention(q, k, v) @ attention_out^T
+    gate, up = halves of rms_norm(u, mlp_norm) @ gate_up^T
+    out = u + (silu(gate) * up) @ mlp_out^T
+
+Kept for backward: s, the parameters and the rotary tables, which all layers share. Backward computes the rest again.
+The merge of a tap's projection into the state happens in `tap`, so the state given here is merged and z is never kept.
+
+An autograd function and no `torch.library` op: on a CPU it is made of torch operations in both directions, which memory
+trackers and tracers see through, and on a GPU the sequence of kernels is in `ladder_kernels.gpu.side_layer`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ladder_kernels import elementwise, reference
+from ladder_kernels.attention import attention
+from ladder_kernels.checks import COMPUTE_DTYPES, check_contiguous, check_device, check_dtype, check_shape
+from ladder_kernels.dispatch import runs_eagerly, without_autocast
+
+_DTYPES = (*COMPUTE_DTYPES, torch.float64)
+
+
+class SideLayerWeights(NamedTuple):
+    """The parameters of a side layer, all of one dtype: that of the state or fp32, which is rounded where it is used.
+
+    Attributes:
+        attention_norm: [S].
+        qkv: [(Hq + 2 Hkv) d, S].
+        attention_out: [S, Hq d].
+        mlp_norm: [S].
+        gate_up: [2 F, S], the rows of gate before those of up.
+        mlp_out: [S, F].
+    """
+
+    attention_norm: Tensor
+    qkv: Tensor
+    attention_out: Tensor
+    mlp_norm: Tensor
+    gate_up: Tensor
+    mlp_out: Tensor
+
+
+class SideLayerShape(NamedTuple):
+    """What a side layer computes besides its tensors.
+
+    Attributes:
+        heads, kv_heads, head_dim: Hq, Hkv and d.
+        lengths: rows per document.
+        epsilon: of both norms.
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    lengths: tuple[int, ...]
+    epsilon: float
+
+
+def side_layer(
+    state: Tensor,
+    weights: SideLayerWeights,
+    cos: Tensor,
+    sin: Tensor,
+    lengths: Sequence[int],
+    epsilon: float,
+    *,
+    offsets: Tensor | None = None,
+) -> Tensor:
+    """One side layer over whole documents; differentiable once, in state and weights.
+
+    Args:
+        state: [T, S], the merged side state.
+        weights: see `SideLayerWeights`; the numbers of heads follow from their shapes. Gradients come in their dtype.
+        cos, sin: [T, d] in state.dtype, the rotary table of the rows.
+        lengths: rows per document, in order; they sum to T. Host integers.
+        epsilon: added to the mean square in both norms.
+        offsets: int32 [documents + 1], see `attention`.
+
+    Returns:
+        [T, S] in state.dtype.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices disagree.
+    """
+    heads, kv_heads = _check(state, weights, cos, sin, lengths)
+    shape = SideLayerShape(heads, kv_heads, cos.shape[1], tuple(lengths), epsilon)
+    needs_grad = torch.is_grad_enabled() and (state.requires_grad or any(w.requires_grad for w in weights))
+    with without_autocast(state.device):
+        if torch.compiler.is_compiling():
+            return _plain(state, weights, cos, sin, offsets, shape, reference)
+        if needs_grad:
+            return _SideLayer.apply(state, *weights, cos, sin, offsets, shape)
+        return _forward(state, weights, cos, sin, offsets, shape, elementwise)
+
+
+class _SideLayer(torch.autograd.Function):
+    """`side_layer` that saves its inputs only."""
+
+    @staticmethod
+    def forward(ctx: Any, state: Tensor, *inputs: Any) -> Tensor:
+        *tensors, shape = inputs
+        ctx.save_for_backward(state, *tensors)
+        ctx.shape = shape
+        return _forward(state, SideLayerWeights(*tensors[:6]), *tensors[6:], shape, reference)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        state, *tensors = ctx.saved_tensors
+        weights, (cos, sin, offsets) = SideLayerWeights(*tensors[:6]), tensors[6:]
+        with without_autocast(dout.device):
+            if _runs_triton(state, dout, *weights):
+                from ladder_kernels.gpu import side_layer as gpu  # Triton is not installed everywhere
+
+                gradients = gpu.side_layer_backward(dout, state, weights, cos, sin, offsets, ctx.shape)
+            else:
+                needs_grad = ctx.needs_input_grad[:7]
+                gradients = _plain_backward(dout, state, weights, cos, sin, offsets, ctx.shape, needs_grad)
+        return (*gradients, None, None, None, None)
+
+
+def _forward(
+    state: Tensor,
+    weights: SideLayerWeights,
+    cos: Tensor,
+    sin: Tensor,
+    offsets: Tensor | None,
+    shape: SideLayerShape,
+    operations: Any,
+) -> Tensor:
+    if _runs_triton(state, *weights):
+        from ladder_kernels.gpu import side_layer as gpu  # Triton is not installed everywhere
+
+        return gpu.side_layer(state, weights, cos, sin, offsets, shape)
+    return _plain(state, weights, cos, sin, offsets, shape, operations)
+
+
+def _plain(
+    state: Tensor,
+    weights: SideLayerWeights,
+    cos: Tensor,
+    sin: Tensor,
+    offsets: Tensor | None,
+    shape: SideLayerShape,
+    operations: Any,
+) -> Tensor:
+    """The layer in plain torch. `operations` has rms_norm, rotary and swiglu: the module `reference`, whose bits do not
+    depend on whether a gradient is wanted, or the faster `elementwise`."""
+    dtype = state.dtype
+    attention_norm, qkv, attention_out, mlp_norm, gate_up, mlp_out = (weight.to(dtype) for weight in weights)
+    normed = operations.rms_norm(state, attention_norm, shape.epsilon)
+    heads = F.linear(normed, qkv).unflatten(-1, (-1, shape.head_dim))
+    query, key, value = heads.split((shape.heads, shape.kv_heads, shape.kv_heads), dim=1)
+    query, key = operations.rotary(query, cos, sin), operations.rotary(key, cos, sin)
+    mixed = attention(query, key, value, shape.lengths, offsets=offsets)
+    state = state + F.linear(mixed, attention_out)
+    normed = operations.rms_norm(state, mlp_norm, shape.epsilon)
+    gate, up = F.linear(normed, gate_up).chunk(2, dim=-1)
+    return state + F.linear(operations.swiglu(gate, up), mlp_out)
+
+
+def _plain_backward(
+    dout: Tensor,
+    state: Tensor,
+    weights: SideLayerWeights,
+    cos: Tensor,
+    sin: Tensor,
+    offsets: Tensor | None,
+    shape: SideLayerShape,
+    needs_grad: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of state and weights, None where not wanted, by autograd through the layer computed once more."""
+    inputs = [t.detach().requires_grad_(needs) for t, needs in zip((state, *weights), needs_grad, strict=True)]
+    with torch.enable_grad():
+        out = _plain(inputs[0], SideLayerWeights(*inputs[1:]), cos, sin, offsets, shape, reference)
+    gradients = iter(torch.autograd.grad(out, [t for t in inputs if t.requires_grad], dout))
+    return tuple(next(gradients) if needs else None for needs in needs_grad)
+
+
+def _runs_triton(state: Tensor, *others: Tensor) -> bool:
+    """Where Triton has tensor cores to multiply with; elsewhere cuBLAS, through plain torch, is faster."""
+    return (
+        state.is_cuda
+        and state.dtype in (torch.float16, torch.bfloat16)
+        and state.shape[0] > 0
+        and runs_eagerly(state, *others)
+        and torch.cuda.get_device_capability(state.device) >= (8, 0)
+    )
+
+
+def _check(
+    state: Tensor, weights: SideLayerWeights, cos: Tensor, sin: Tensor, lengths: Sequence[int]
+) -> tuple[int, int]:
+    """Check all inputs; the numbers of query heads and of key heads."""
+    op = "side_layer"
+    check_shape(op, "state", state, ("T", "S"))
+    check_dtype(op, "state", state.dtype, _DTYPES)
+    check_contiguous(op, "state", state)
+    tokens, width = state.shape
+    check_shape(op, "cos", cos, (tokens, "d"))
+    check_shape(op, "sin", sin, cos.shape)
+    head_dim, mixed, inner = cos.shape[1], weights.attention_out.shape[-1], weights.mlp_out.shape[-1]
+    if head_dim % 2 or mixed % head_dim or (kv_rows := weights.qkv.shape[0] - mixed) <= 0 or kv_rows % (2 * head_dim):
+        raise ValueError(
+            f"{op}: expected qkv [(Hq + 2 Hkv) d, S] and attention_out [S, Hq d] for heads of d = {head_dim}, "
+            f"got {list(weights.qkv.shape)} and {list(weights.attention_out.shape)}"
+        )
+    heads, kv_heads = mixed // head_dim, kv_rows // (2 * head_dim)
+    if heads % kv_heads:
+        raise ValueError(f"{op}: expected query heads that are a multiple of the key heads, got {heads} and {kv_heads}")
+    shapes = ((width,), ("N", width), (width, mixed), (width,), (2 * inner, width), (width, inner))
+    weight_dtypes = (state.dtype, torch.promote_types(state.dtype, torch.float32))
+    check_dtype(op, "weights", weights.qkv.dtype, weight_dtypes)
+    for name, weight, expected in zip(weights._fields, weights, shapes, strict=True):
+        check_shape(op, name, weight, expected)
+        check_dtype(op, name, weight.dtype, (weights.qkv.dtype,))
+        check_contiguous(op, name, weight)
+        check_device(op, name, weight, state.device)
+    for name, table in (("cos", cos), ("sin", sin)):
+        check_dtype(op, name, table.dtype, (state.dtype,))
+        check_contiguous(op, name, table)
+        check_device(op, name, table, state.device)
+    if sum(lengths) != tokens:
+        raise ValueError(f"{op}: expected lengths that sum to the {tokens} rows of state, got {list(lengths)}")
+    return heads, kv_heads

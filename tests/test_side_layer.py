@@ -1,0 +1,171 @@
+"""side_layer on the CPU: the layer against its formulas, its gradients, and what it keeps for backward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from numerics import assert_close_to_truth, assert_same_bits
+from torch import Tensor
+
+from ladder_kernels import SideLayerWeights, attention, reference, side_layer
+
+WIDTH, HEADS, KV_HEADS, HEAD_DIM, INNER = 24, 4, 2, 6, 20
+LENGTHS = (5, 1, 7)
+NAMES = ("state", *SideLayerWeights._fields)
+
+
+def inputs(dtype: torch.dtype, weight_dtype: torch.dtype | None = None, width: int = WIDTH) -> list[Tensor]:
+    """State, the six weights, cos and sin; the first seven want gradients."""
+    tokens, mixed = sum(LENGTHS), HEADS * HEAD_DIM
+    rows = (HEADS + 2 * KV_HEADS) * HEAD_DIM
+    shapes = [(width,), (rows, width), (width, mixed), (width,), (2 * INNER, width), (width, INNER)]
+    weights = [torch.randn(shape) * shape[-1] ** -0.5 if len(shape) == 2 else torch.rand(shape) + 1 for shape in shapes]
+    angles = torch.randn(tokens, HEAD_DIM // 2).repeat(1, 2)
+    state = torch.randn(tokens, width).to(dtype).requires_grad_()
+    leaves = [state, *(w.to(weight_dtype or dtype).requires_grad_() for w in weights)]
+    return [*leaves, angles.cos().to(dtype), angles.sin().to(dtype)]
+
+
+def ours(tensors: list[Tensor], **options: Any) -> Tensor:
+    state, *weights, cos, sin = tensors
+    return side_layer(state, SideLayerWeights(*weights), cos, sin, LENGTHS, 1e-5, **options)
+
+
+def plain(tensors: list[Tensor]) -> Tensor:
+    """The formulas in plain torch, every activation kept by autograd."""
+    state, *weights, cos, sin = tensors
+    attention_norm, qkv, attention_out, mlp_norm, gate_up, mlp_out = (w.to(state.dtype) for w in weights)
+    heads = F.linear(reference.rms_norm(state, attention_norm, 1e-5), qkv).unflatten(-1, (-1, HEAD_DIM))
+    query, key, value = heads.split((HEADS, KV_HEADS, KV_HEADS), dim=1)
+    mixed = attention(reference.rotary(query, cos, sin), reference.rotary(key, cos, sin), value, LENGTHS)
+    state = state + F.linear(mixed, attention_out)
+    gate, up = F.linear(reference.rms_norm(state, mlp_norm, 1e-5), gate_up).chunk(2, dim=-1)
+    return state + F.linear(reference.swiglu(gate, up), mlp_out)
+
+
+def copied(tensors: list[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
+    """Leaves with the same values; in another dtype, weights are first rounded to that of the state."""
+    narrow = tensors[0].dtype
+    return [
+        (t.detach().clone() if dtype is None else t.detach().to(narrow).to(dtype)).requires_grad_(t.requires_grad)
+        for t in tensors
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_same_bits_as_plain_torch(dtype: torch.dtype) -> None:
+    tensors = inputs(dtype, torch.promote_types(dtype, torch.float32))
+    expected = copied(tensors)
+    out, plain_out = ours(tensors), plain(expected)
+    assert_same_bits("out", out.detach(), plain_out.detach())
+    dout = torch.randn_like(out)
+    out.backward(dout)
+    plain_out.backward(dout)
+    for name, leaf, other in zip(NAMES, tensors, expected, strict=False):
+        assert leaf.grad is not None and other.grad is not None
+        assert_same_bits(f"gradient of {name}", leaf.grad, other.grad)
+
+
+def test_without_gradients() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        tensors = inputs(dtype)
+        truth = copied(tensors, torch.float64)
+        with torch.no_grad():
+            assert_close_to_truth("out", ours(tensors), plain(truth), plain(tensors))
+
+
+def test_gradcheck() -> None:
+    assert torch.autograd.gradcheck(lambda *tensors: ours(list(tensors)), inputs(torch.float64), fast_mode=True)
+
+
+def test_only_its_inputs_are_kept_for_backward() -> None:
+    tensors = inputs(torch.bfloat16, torch.float32)
+    saved: list[Tensor] = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        out = ours(tensors)
+    assert {t.data_ptr() for t in saved} == {t.data_ptr() for t in tensors}
+    assert len(saved) == len(tensors)
+    out.float().sum().backward()
+
+
+def test_only_wanted_gradients_are_computed() -> None:
+    tensors, expected = inputs(torch.float32), None
+    expected = copied(tensors)
+    for leaves in (tensors, expected):
+        for index in (0, 2, 6):
+            leaves[index].requires_grad_(False)
+    ours(tensors).sum().backward()
+    plain(expected).sum().backward()
+    for index, (leaf, other) in enumerate(zip(tensors[:7], expected, strict=False)):
+        assert (leaf.grad is None) == (index in (0, 2, 6))
+        assert leaf.grad is None or torch.equal(leaf.grad, other.grad)
+
+
+def test_documents_do_not_see_each_other() -> None:
+    tensors = inputs(torch.float64)
+    out = ours(tensors)
+    state, *weights, cos, sin = tensors
+    begin = 0
+    for length in LENGTHS:
+        rows = slice(begin, begin + length)
+        alone = side_layer(state[rows], SideLayerWeights(*weights), cos[rows], sin[rows], [length], 1e-5)
+        torch.testing.assert_close(out[rows], alone, rtol=1e-12, atol=1e-12)
+        begin += length
+
+
+def test_autocast_changes_nothing() -> None:
+    tensors = inputs(torch.float32)
+    under = copied(tensors)
+    expected = ours(tensors)
+    expected.sum().backward()
+    with torch.autocast("cpu", torch.bfloat16):
+        out = ours(under)
+        out.sum().backward()
+    assert torch.equal(out, expected)
+    assert all(torch.equal(a.grad, b.grad) for a, b in zip(under[:7], tensors, strict=False))
+
+
+def test_inputs_are_not_written() -> None:
+    tensors = inputs(torch.float32)
+    before = copied(tensors)
+    ours(tensors).sum().backward()
+    assert all(torch.equal(one, other) for one, other in zip(tensors, before, strict=True))
+
+
+def test_a_changed_weight_is_noticed() -> None:
+    tensors = inputs(torch.float32)
+    out = ours(tensors)
+    with torch.no_grad():
+        tensors[2].add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+def test_wrong_arguments() -> None:
+    tensors = inputs(torch.float32)
+    state, *weights, cos, sin = tensors
+    given = SideLayerWeights(*weights)
+
+    def call(**changed: Any) -> Tensor:
+        arguments = {"state": state, "weights": given, "cos": cos, "sin": sin, "lengths": LENGTHS} | changed
+        return side_layer(**arguments, epsilon=1e-5)
+
+    with pytest.raises(ValueError, match=r"expected lengths that sum to the 13 rows of state, got \[5, 7\]"):
+        call(lengths=(5, 7))
+    with pytest.raises(ValueError, match=r"expected cos of shape \[13, d\]"):
+        call(cos=cos[1:])
+    with pytest.raises(ValueError, match=r"heads of d = 6, got \[47, 24\]"):
+        call(weights=given._replace(qkv=given.qkv[:47]))
+    with pytest.raises(ValueError, match=r"multiple of the key heads, got 4 and 3"):
+        call(weights=given._replace(qkv=torch.randn(60, WIDTH)))
+    with pytest.raises(ValueError, match=r"expected gate_up of shape \[40, 24\], got \[38, 24\]"):
+        call(weights=given._replace(gate_up=given.gate_up[:38]))
+    with pytest.raises(TypeError, match="expected mlp_out in float32, got bfloat16"):
+        call(weights=given._replace(mlp_out=given.mlp_out.bfloat16()))
+    with pytest.raises(TypeError, match="expected weights in bfloat16 or float32, got float16"):
+        side_layer(state.bfloat16(), SideLayerWeights(*(w.half() for w in weights)), cos, sin, LENGTHS, 1e-5)
+    with pytest.raises(ValueError, match="expected contiguous state"):
+        call(state=state.T.contiguous().T)
