@@ -62,10 +62,8 @@ def _deterministic(builder: Callable[[Case, Context], Runnable]) -> Callable[[Ca
         runnable = builder(case, context)
 
         def step() -> object:
-            was_enabled, was_filled = (
-                torch.are_deterministic_algorithms_enabled(),
-                deterministic.fill_uninitialized_memory,
-            )
+            was_enabled = torch.are_deterministic_algorithms_enabled()
+            was_filled = deterministic.fill_uninitialized_memory
             torch.use_deterministic_algorithms(True)
             deterministic.fill_uninitialized_memory = False  # a debugging aid, no part of the algorithms
             try:
