@@ -107,19 +107,24 @@ def _run(benchmark: Benchmark, options: argparse.Namespace) -> int:
                 if not options.keep_going:
                     raise
                 failed = True
-                print(f"FAILED {benchmark.name}/{case.name}\n{traceback.format_exc()}", flush=True)
+                print(_failure(f"{benchmark.name}/{case.name}", traceback.format_exc()), flush=True)
                 continue
             append_csv(out, csv_rows(result, facts, options.mark))
             results.append(result)
             print(f"\n{table(result)}", flush=True)
             for name, reason in result.failures:
                 failed = True
-                print(f"FAILED {benchmark.name}/{case.name}/{name}: {reason}", flush=True)
+                print(_failure(f"{benchmark.name}/{case.name}/{name}", reason), flush=True)
     if options.json is not None:
         write_json(options.json, results)
     print(f"\nrows appended to {out}")
     verdict = _load_verdict(results)
     return EXIT_FAILURES if failed else verdict
+
+
+def _failure(what: str, reason: str) -> str:
+    """One line that says what failed and why, then all of the reason."""
+    return f"FAILED {what}: {reason.strip().splitlines()[-1]}\n{reason}"
 
 
 def select_cases(benchmark: Benchmark, device_type: str, patterns: Sequence[str] | None) -> list[Case]:
