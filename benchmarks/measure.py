@@ -35,7 +35,7 @@ from benchmarks.registry import Benchmark, Case, Context, Implementation, Runnab
 MIN_ROUNDS = 3
 MAX_ROUNDS = 1000
 SMALLEST_DIVISOR_MIB = 1.0
-_MEMORY_CALLS = 2
+_TOY_CALLS = 2
 _FLUSH_BYTES = 256 * 2**20  # larger than any GPU's L2
 
 
@@ -191,7 +191,7 @@ def _load_code(benchmark: Benchmark, implementation: Implementation, context: Co
         torch.mm(square, square)
         return
     toy = implementation.build(benchmark.toy, context)
-    for _ in range(_MEMORY_CALLS):
+    for _ in range(_TOY_CALLS):
         toy.call()
     toy.close()
 
