@@ -125,7 +125,7 @@ class LocalRunner:
         meter.settle()
         built = meter.current_mib()
         meter.reset_peak()
-        self._call_twice(case.graphed)
+        self._call_twice(case.graphed or implementation.graphed)
         self._synchronize()
         peak = meter.peak_mib()
         return Prepared(

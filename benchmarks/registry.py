@@ -97,13 +97,14 @@ class Runnable:
 class Implementation:
     """One competitor: `ours`, a `baseline` we are compared with, or a `bound` nobody can beat (a bare GEMM, a copy).
 
-    `devices` are the device types it is measured on.
+    `devices` are the device types it is measured on; `graphed` captures it in a CUDA graph, as `Case.graphed` does all.
     """
 
     name: str
     build: Callable[[Case, Context], Runnable]
     kind: Literal["ours", "baseline", "bound"] = "baseline"
     devices: tuple[str, ...] = ("cpu", "cuda")
+    graphed: bool = False
 
 
 @dataclass(frozen=True)
