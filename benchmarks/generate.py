@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from benchmarks.kernels_path import kernels_path
-from benchmarks.qlora import load_nf4_model
+from benchmarks.models import case_backbone, case_nf4_model
 from benchmarks.registry import DTYPE_NAMES, TOY, Benchmark, Case, Context, Implementation, Runnable
 from benchmarks.shapes import model_shape, prepare_checkpoint
 
@@ -39,9 +39,8 @@ def _call(model: PreTrainedModel, case: Case, context: Context) -> Callable[[], 
 
 def _ladder(case: Case, context: Context) -> Runnable:
     from engine import LadderForCausalLM
-    from engine.backbone import load_backbone
 
-    backbone = load_backbone(context.folder / case.name, device=context.device)
+    backbone = case_backbone(case, context)
     model = LadderForCausalLM.from_backbone(backbone).eval()
     details = f"{DTYPE_NAMES[backbone.dtype]} backbone with side network"
     return Runnable(_call(model, case, context), details=details, kernels=kernels_path(context.device))
@@ -57,7 +56,7 @@ def _dense(dtype: torch.dtype) -> Callable[[Case, Context], Runnable]:
 
 
 def _bitsandbytes(case: Case, context: Context) -> Runnable:
-    model = load_nf4_model(context.folder / case.name, context.device, torch.bfloat16).eval()
+    model = case_nf4_model(case, context, torch.bfloat16).eval()
     return Runnable(_call(model, case, context), details="bitsandbytes NF4, bf16")
 
 

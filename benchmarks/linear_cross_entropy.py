@@ -15,12 +15,12 @@ from ladder_kernels import linear_cross_entropy
 def _inputs(case: Case, context: Context) -> tuple[Tensor, Tensor, Tensor]:
     """hidden [R, D] with gradient, head [V, D] without, targets [R]."""
     rows, width, vocabulary = (case.sizes[name] for name in ("rows", "hidden", "vocab"))
-    generator = torch.Generator().manual_seed(0)
-    hidden = torch.randn(rows, width, generator=generator).to(context.device, case.dtype).requires_grad_()
-    head = torch.empty(vocabulary, width, dtype=case.dtype)
+    device = context.device
+    generator = torch.Generator(device).manual_seed(0)
+    hidden = torch.randn(rows, width, generator=generator, device=device).to(case.dtype).requires_grad_()
+    head = torch.empty(vocabulary, width, dtype=case.dtype, device=device)
     head.normal_(std=width**-0.5, generator=generator)
-    targets = torch.randint(vocabulary, (rows,), generator=generator).to(context.device)
-    return hidden, head.to(context.device), targets
+    return hidden, head, torch.randint(vocabulary, (rows,), generator=generator, device=device)
 
 
 def _ours(case: Case, context: Context) -> Runnable:

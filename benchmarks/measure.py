@@ -3,10 +3,15 @@
 Every implementation is built, then called twice, which warms it up and shows its memory; then all take turns, one call
 each, the order rotating from round to round, until the time budget is spent. So a ratio compares calls made within the
 same seconds, and each call finds the caches as another implementation left them, as a weight of a real model does.
+
+On a GPU a call is timed between two events, after a write that empties the L2. The events are queued behind that write,
+which takes a card 60 to 700 us: host time up to there is hidden, so one kernel is timed bare, and what launches many
+is timed with the gaps that its host leaves, unless the case asks for a CUDA graph.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import multiprocessing
 import sys
 import time
@@ -14,11 +19,15 @@ import traceback
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import cached_property
 from multiprocessing.connection import Connection
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
+from benchmarks.cuda_graph import captured
+from benchmarks.kernels_path import count_triton_launches
 from benchmarks.memory import MemoryMeter
 from benchmarks.provenance import foreign_load_percent, read_cpu_times
 from benchmarks.registry import Benchmark, Case, Context, Implementation, Runnable, find_benchmark
@@ -26,7 +35,7 @@ from benchmarks.registry import Benchmark, Case, Context, Implementation, Runnab
 MIN_ROUNDS = 3
 MAX_ROUNDS = 1000
 SMALLEST_DIVISOR_MIB = 1.0
-_MEMORY_CALLS = 2
+_TOY_CALLS = 2
 _FLUSH_BYTES = 256 * 2**20  # larger than any GPU's L2
 
 
@@ -71,18 +80,22 @@ class CaseResult:
 
     Attributes:
         foreign_percent: share of all cores that other processes took during the timing; None where unknown.
+        failures: implementations that could not be measured, each with its reason.
     """
 
     benchmark: Benchmark
     case: Case
     measurements: tuple[Measurement, ...]
     foreign_percent: float | None
+    failures: tuple[tuple[str, str], ...] = ()
 
 
 class Runner(Protocol):
     """Something that runs one implementation, call by call, here or in another process."""
 
-    prepared: Prepared
+    @property
+    def prepared(self) -> Prepared:
+        """Built and called twice, with what that showed; the first access does it."""
 
     def time_call_ms(self) -> float:
         """Duration of one call."""
@@ -96,29 +109,44 @@ class LocalRunner:
 
     def __init__(self, benchmark: Benchmark, case: Case, implementation: Implementation, context: Context) -> None:
         self._device = context.device
-        toy = implementation.build(benchmark.toy, context)
-        for _ in range(_MEMORY_CALLS):
-            toy.call()
-        toy.close()
-        del toy
+        self._arguments = (benchmark, case, implementation, context)
+        self._runnable: Runnable | None = None
+        self._flush: Tensor | None = None
+
+    @cached_property
+    def prepared(self) -> Prepared:
+        """Built and called twice, by the first access."""
+        benchmark, case, implementation, context = self._arguments
+        _load_code(benchmark, implementation, context)
         meter = MemoryMeter(context.device)
         meter.settle()
         before = meter.current_mib()
-        self._runnable: Runnable | None = implementation.build(case, context)
+        self._runnable = implementation.build(case, context)
         meter.settle()
         built = meter.current_mib()
         meter.reset_peak()
-        for _ in range(_MEMORY_CALLS):
-            self._runnable.call()
+        self._call_twice(case.graphed or implementation.graphed)
         self._synchronize()
         peak = meter.peak_mib()
-        self.prepared = Prepared(
+        return Prepared(
             peak - built,
             peak - before,
             self._runnable.bytes_moved,
             self._runnable.details,
             self._runnable.kernels,
         )
+
+    def _call_twice(self, graphed: bool) -> None:
+        """The calls whose memory is measured; on a GPU also the place to see what is launched, and to capture."""
+        assert self._runnable is not None
+        with count_triton_launches() as count:
+            self._runnable.call()
+        if self._device.type == "cuda":
+            if self._runnable.kernels:
+                self._runnable = dataclasses.replace(self._runnable, kernels=count.path())
+            if graphed:
+                self._runnable = captured(self._runnable)
+        self._runnable.call()
 
     def time_call_ms(self) -> float:
         """Duration of one call; on a GPU with a flushed L2 and by its own clock."""
@@ -131,7 +159,9 @@ class LocalRunner:
 
     def _time_cuda_call_ms(self) -> float:
         assert self._runnable is not None
-        torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=self._device).zero_()
+        if self._flush is None:
+            self._flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=self._device)
+        self._flush.zero_()
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         self._runnable.call()
@@ -147,11 +177,30 @@ class LocalRunner:
         """Drop inputs, weights and outputs."""
         if self._runnable is not None:
             self._runnable.close()
-            self._runnable = None
+            self._runnable = self._flush = None
+
+
+def _load_code(benchmark: Benchmark, implementation: Implementation, context: Context) -> None:
+    """Let libraries load what they will need, so that it does not count as memory of the case.
+
+    On a CPU the toy case does. Allocated bytes of a GPU hold no code, only the workspace of its first matrix product;
+    the toy would compile kernels that nobody times.
+    """
+    if context.device.type == "cuda":
+        square = torch.ones(64, 64, dtype=torch.float16, device=context.device)
+        torch.mm(square, square)
+        return
+    toy = implementation.build(benchmark.toy, context)
+    for _ in range(_TOY_CALLS):
+        toy.call()
+    toy.close()
 
 
 class WorkerRunner:
-    """Runs an implementation in a fresh process of its own, which sleeps while others run."""
+    """Runs an implementation in a fresh process of its own, which sleeps while others run.
+
+    The process starts, and imports, at once; it builds when `prepared` is first asked for.
+    """
 
     def __init__(self, benchmark: Benchmark, case: Case, implementation: Implementation, context: Context) -> None:
         spawn = multiprocessing.get_context("spawn")
@@ -160,9 +209,14 @@ class WorkerRunner:
         self._process = spawn.Process(target=_serve, args=arguments, daemon=True)
         self._process.start()
         theirs.close()
+
+    @cached_property
+    def prepared(self) -> Prepared:
+        """Built and called twice, by the first access."""
+        self._connection.send("prepare")
         prepared = self._receive()
         assert isinstance(prepared, Prepared)
-        self.prepared = prepared
+        return prepared
 
     def time_call_ms(self) -> float:
         """Duration of one call, measured inside the worker."""
@@ -192,10 +246,14 @@ class WorkerRunner:
 def _serve(
     connection: Connection, benchmark_name: str, case_name: str, name: str, context: Context, threads: int
 ) -> None:
-    """Worker process: build, report memory, then one call per request until the pipe closes."""
+    """Worker process: on the first request build and report memory, then one call per request until the pipe closes."""
     torch.set_num_threads(threads)
     try:
         benchmark = find_benchmark(benchmark_name)
+        try:
+            connection.recv()
+        except EOFError:
+            return
         runner = LocalRunner(benchmark, benchmark.case(case_name), benchmark.implementation(name), context)
         connection.send(runner.prepared)
         while True:
@@ -223,7 +281,9 @@ def interleave(
     return [tuple(values) for values in samples]
 
 
-def measure_case(benchmark: Benchmark, case: Case, context: Context, seconds: float) -> CaseResult:
+def measure_case(
+    benchmark: Benchmark, case: Case, context: Context, seconds: float, keep_going: bool = False
+) -> CaseResult:
     """Build, warm up, measure memory, then time all implementations of a case in turns.
 
     Args:
@@ -231,26 +291,43 @@ def measure_case(benchmark: Benchmark, case: Case, context: Context, seconds: fl
         case: one of its cases.
         context: device and scratch folder.
         seconds: budget of the timing phase, which runs for at least `MIN_ROUNDS` rounds whatever they take.
+        keep_going: name an implementation that fails in `CaseResult.failures` and measure the others.
+
+    Raises:
+        RuntimeError: with `keep_going`, no implementation is left.
     """
     if benchmark.prepare is not None:
         for needed in (benchmark.toy, case):
             benchmark.prepare(needed, context)
     runner_class = WorkerRunner if benchmark.isolated else LocalRunner
-    runners: list[Runner] = []
+    ready: dict[Implementation, Runner] = {}
+    failures: list[tuple[str, str]] = []
     with ExitStack() as stack:
+        runners: dict[Implementation, Runner] = {}
         for implementation in benchmark.implementations:
-            runner = runner_class(benchmark, case, implementation, context)
-            stack.callback(runner.close)
-            runners.append(runner)
+            if context.device.type in implementation.devices:
+                runners[implementation] = runner_class(benchmark, case, implementation, context)
+                stack.callback(runners[implementation].close)
+        for implementation, runner in runners.items():
+            try:
+                _ = runner.prepared
+            except Exception as error:
+                if not keep_going:
+                    raise
+                failures.append((implementation.name, "".join(traceback.format_exception(error))))
+                continue
+            ready[implementation] = runner
             print(f"{case.name}: {implementation.name} is ready", file=sys.stderr, flush=True)
+        if not ready:
+            raise RuntimeError("\n".join(f"{name} failed: {reason}" for name, reason in failures))
         before = read_cpu_times()
-        samples = interleave(runners, seconds)
+        samples = interleave(list(ready.values()), seconds)
         foreign_percent = foreign_load_percent(before, read_cpu_times())
-    measurements = tuple(
-        Measurement(implementation, runner.prepared, values)
-        for implementation, runner, values in zip(benchmark.implementations, runners, samples, strict=True)
-    )
-    return CaseResult(benchmark, case, measurements, foreign_percent)
+        measurements = tuple(
+            Measurement(implementation, runner.prepared, values)
+            for (implementation, runner), values in zip(ready.items(), samples, strict=True)
+        )
+    return CaseResult(benchmark, case, measurements, foreign_percent, tuple(failures))
 
 
 def speed_ratio(ours: Measurement, other: Measurement) -> float:

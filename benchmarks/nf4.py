@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +19,7 @@ from ladder_kernels import NF4Weight, Workspace, dequantize_nf4, nf4_linear, qua
 _SEED = 0
 _SQUARE = (4096, 4096)
 _ROWS = (1, 16, 256, 1024, 2048)
+_GRAPHED_BELOW = 32  # tokens
 
 
 def _nf4_bytes(rows: int, columns: int) -> int:
@@ -25,45 +28,63 @@ def _nf4_bytes(rows: int, columns: int) -> int:
     return -(-rows * columns // 2) + blocks + 4 * -(-blocks // 256)
 
 
-def _weight(case: Case, context: Context) -> NF4Weight:
-    generator = torch.Generator().manual_seed(_SEED)
-    return random_nf4_weight(case.sizes["n"], case.sizes["k"], generator).to(context.device)
+def _matrices(case: Case) -> tuple[tuple[int, int], ...]:
+    """(N, K) of every weight of the case: the one it names, or all linears of a block of its model."""
+    if case.model:
+        return tuple(model_shape(case.model).linears.values())
+    return ((case.sizes["n"], case.sizes["k"]),)
 
 
-def _input(case: Case, context: Context) -> Tensor:
-    generator = torch.Generator().manual_seed(_SEED + 1)
-    x = torch.randn(case.sizes["m"], case.sizes["k"], generator=generator)
-    return x.to(context.device, case.dtype)
+def _weights(case: Case, context: Context) -> list[NF4Weight]:
+    generator = torch.Generator(context.device).manual_seed(_SEED)
+    return [random_nf4_weight(n, k, generator) for n, k in _matrices(case)]
 
 
-def _dense(case: Case, context: Context) -> Tensor:
+def _inputs(case: Case, context: Context) -> list[Tensor]:
+    """One x [M, K] per weight."""
+    generator = torch.Generator(context.device).manual_seed(_SEED + 1)
+    sizes = [(case.sizes["m"], k) for _, k in _matrices(case)]
+    return [torch.randn(size, generator=generator, device=context.device).to(case.dtype) for size in sizes]
+
+
+def _dense(case: Case, context: Context) -> list[Tensor]:
     assert case.dtype is not None
-    return dequantize_nf4(_weight(case, context), case.dtype)
+    return [dequantize_nf4(weight, case.dtype) for weight in _weights(case, context)]
 
 
-def _bitsandbytes_parts(case: Case, context: Context) -> tuple[Tensor, Any]:
+def _bitsandbytes_parts(weight: NF4Weight) -> tuple[Tensor, Any]:
     """Packed codes and quantization state of the same weight, as bitsandbytes holds them."""
     from bitsandbytes.functional import QuantState
 
-    tensors = _weight(case, context).to_bitsandbytes("weight")
+    tensors = weight.to_bitsandbytes("weight")
     packed = tensors.pop("weight").reshape(-1, 1)
     state = {key.removeprefix("weight."): tensor for key, tensor in tensors.items()}
-    return packed, QuantState.from_dict(state, device=context.device)
+    return packed, QuantState.from_dict(state, device=weight.device)
+
+
+def _in_turn(products: Sequence[Callable[[Tensor], Tensor]], inputs: Sequence[Tensor]) -> Callable[[], Tensor]:
+    """One call of each product on its input, without gradients; the last output is returned."""
+
+    @torch.no_grad()
+    def call() -> Tensor:
+        for product, x in zip(products, inputs, strict=True):
+            out = product(x)
+        return out
+
+    return call
 
 
 def _linear_ours(case: Case, context: Context) -> Runnable:
-    weight, x, workspace = _weight(case, context), _input(case, context), Workspace()
-
-    def call() -> Tensor:
-        return nf4_linear(x, weight, workspace=workspace)
-
-    return Runnable(torch.no_grad()(call), kernels=kernels_path(context.device))
+    workspace = Workspace()
+    products = [partial(nf4_linear, nf4_weight=weight, workspace=workspace) for weight in _weights(case, context)]
+    return Runnable(_in_turn(products, _inputs(case, context)), kernels=kernels_path(context.device))
 
 
 def _linear_dense(case: Case, context: Context) -> Runnable:
-    weight, x = _dense(case, context), _input(case, context)
-    traffic = weight.nbytes + _activation_bytes(case)
-    return Runnable(torch.no_grad()(lambda: F.linear(x, weight)), bytes_moved=traffic)
+    weights = _dense(case, context)
+    traffic = sum(weight.nbytes for weight in weights) + _activation_bytes(case)
+    products = [partial(F.linear, weight=weight) for weight in weights]
+    return Runnable(_in_turn(products, _inputs(case, context)), bytes_moved=traffic)
 
 
 def _linear_dense_fp32(case: Case, context: Context) -> Runnable:
@@ -74,18 +95,20 @@ def _linear_dense_fp32(case: Case, context: Context) -> Runnable:
 
 
 def _linear_bitsandbytes(case: Case, context: Context) -> Runnable:
-    """A `Linear4bit` in evaluation mode, which picks bitsandbytes' packed CPU path where the machine has one."""
+    """`Linear4bit` in evaluation mode, which picks bitsandbytes' packed CPU path where the machine has one."""
+    layers = [_linear4bit(weight, case) for weight in _weights(case, context)]
+    return Runnable(_in_turn(layers, _inputs(case, context)), details=_bitsandbytes_path(layers[0], context))
+
+
+def _linear4bit(weight: NF4Weight, case: Case) -> torch.nn.Module:
     from bitsandbytes.nn import Linear4bit, Params4bit
 
-    packed, state = _bitsandbytes_parts(case, context)
-    layer = Linear4bit(
-        case.sizes["k"], case.sizes["n"], bias=False, compute_dtype=case.dtype, quant_type="nf4", device="meta"
-    )
+    packed, state = _bitsandbytes_parts(weight)
+    rows, columns = weight.shape
+    layer = Linear4bit(columns, rows, bias=False, compute_dtype=case.dtype, quant_type="nf4", device="meta")
     layer.weight = Params4bit(packed, requires_grad=False, quant_state=state, quant_type="nf4", bnb_quantized=True)
     layer.weight.module = layer
-    layer.eval()
-    x = _input(case, context)
-    return Runnable(torch.no_grad()(lambda: layer(x)), details=_bitsandbytes_path(layer, context))
+    return layer.eval()
 
 
 def _bitsandbytes_path(layer: torch.nn.Module, context: Context) -> str:
@@ -95,17 +118,17 @@ def _bitsandbytes_path(layer: torch.nn.Module, context: Context) -> str:
 
 
 def _linear_bitsandbytes_matmul(case: Case, context: Context) -> Runnable:
-    """`matmul_4bit`, the path of a training step."""
+    """`matmul_4bit`, the path of a training step on a CPU."""
     from bitsandbytes import matmul_4bit
 
-    packed, state = _bitsandbytes_parts(case, context)
-    x = _input(case, context)
-    return Runnable(torch.no_grad()(lambda: matmul_4bit(x, packed, quant_state=state)))
+    parts = [_bitsandbytes_parts(weight) for weight in _weights(case, context)]
+    products = [partial(matmul_4bit, B=packed, quant_state=state) for packed, state in parts]
+    return Runnable(_in_turn(products, _inputs(case, context)))
 
 
 def _activation_bytes(case: Case) -> int:
     assert case.dtype is not None
-    return case.sizes["m"] * (case.sizes["n"] + case.sizes["k"]) * case.dtype.itemsize
+    return case.sizes["m"] * sum(map(sum, _matrices(case))) * case.dtype.itemsize
 
 
 def _linear_case(
@@ -122,6 +145,21 @@ def _linear_case(
     )
 
 
+def _layer_case(model: str, m: int) -> Case:
+    """All linears of one block, in bf16; below 32 tokens they are shorter than their launches."""
+    matrices = model_shape(model).linears.values()
+    return Case(
+        f"{model}-layer-m{m}-bf16",
+        {"m": m, "linears": len(matrices)},
+        torch.bfloat16,
+        model=model,
+        flops=sum(2 * m * n * k for n, k in matrices),
+        bytes_moved=sum(_nf4_bytes(n, k) + 2 * m * (n + k) for n, k in matrices),
+        devices=("cuda",),
+        graphed=m < _GRAPHED_BELOW,
+    )
+
+
 def _linear_cases() -> tuple[Case, ...]:
     """The square of every comparison, and the widest linears of real models at decoding and training lengths."""
     cases = [
@@ -134,33 +172,60 @@ def _linear_cases() -> tuple[Case, ...]:
         for linear in ("gate_proj", "down_proj"):
             n, k = linears[f"mlp.{linear}"]
             cases += [_linear_case(f"{model}-{linear}-m{m}-bf16", m, n, k, torch.bfloat16) for m in (1, 2048)]
+    cases += [_layer_case("Qwen2.5-7B", m) for m in (1, 2, 4, 8, 16, 512, 2048, 8192)]
     return tuple(cases)
+
+
+def _outputs(case: Case, context: Context) -> list[Tensor]:
+    """Memory for every decoded matrix of the case: one buffer, as a pass over a backbone reuses it."""
+    sizes = _matrices(case)
+    buffer = torch.empty(max(n * k for n, k in sizes), dtype=case.dtype, device=context.device)
+    return [buffer[: n * k].view(n, k) for n, k in sizes]
 
 
 def _decode_ours(case: Case, context: Context) -> Runnable:
     assert case.dtype is not None
-    weight, dtype = _weight(case, context), case.dtype
-    out = torch.empty(weight.shape, dtype=dtype, device=context.device)
-    return Runnable(
-        lambda: dequantize_nf4(weight, dtype, out=out), details="out reused", kernels=kernels_path(context.device)
-    )
+    jobs, dtype = list(zip(_weights(case, context), _outputs(case, context), strict=True)), case.dtype
+
+    def call() -> Tensor:
+        for weight, out in jobs:
+            dequantize_nf4(weight, dtype, out=out)
+        return out
+
+    return Runnable(call, details="out reused", kernels=kernels_path(context.device))
 
 
 def _decode_ours_fresh(case: Case, context: Context) -> Runnable:
     assert case.dtype is not None
-    weight, dtype = _weight(case, context), case.dtype
-    return Runnable(lambda: dequantize_nf4(weight, dtype), details="fresh memory", kernels=kernels_path(context.device))
+    weights, dtype = _weights(case, context), case.dtype
+
+    def call() -> Tensor:
+        for weight in weights:
+            out = dequantize_nf4(weight, dtype)
+        return out
+
+    return Runnable(call, details="fresh memory", kernels=kernels_path(context.device))
 
 
 def _decode_bitsandbytes(case: Case, context: Context) -> Runnable:
     from bitsandbytes.functional import dequantize_4bit
 
-    packed, state = _bitsandbytes_parts(case, context)
-    state.dtype = case.dtype
-    out = torch.empty(case.sizes["n"], case.sizes["k"], dtype=case.dtype, device=context.device)
-    if context.device.type == "cpu":
-        return Runnable(lambda: _bitsandbytes_decode_into(packed, state, out), details="out reused, C function")
-    return Runnable(lambda: dequantize_4bit(packed, state, out=out), details="out reused")
+    is_cpu = context.device.type == "cpu"
+    jobs = [
+        (*_bitsandbytes_parts(weight), out)
+        for weight, out in zip(_weights(case, context), _outputs(case, context), strict=True)
+    ]
+
+    def call() -> Tensor:
+        for packed, state, out in jobs:
+            state.dtype = case.dtype
+            if is_cpu:
+                _bitsandbytes_decode_into(packed, state, out)
+            else:
+                dequantize_4bit(packed, state, out=out)
+        return out
+
+    return Runnable(call, details="out reused, C function" if is_cpu else "out reused")
 
 
 def _bitsandbytes_decode_into(packed: Tensor, state: Any, out: Tensor) -> Tensor:
@@ -178,27 +243,38 @@ def _bitsandbytes_decode_into(packed: Tensor, state: Any, out: Tensor) -> Tensor
 def _decode_bitsandbytes_fresh(case: Case, context: Context) -> Runnable:
     from bitsandbytes.functional import dequantize_4bit
 
-    packed, state = _bitsandbytes_parts(case, context)
-    state.dtype = case.dtype
-    return Runnable(lambda: dequantize_4bit(packed, state), details="fresh memory")
+    parts = [_bitsandbytes_parts(weight) for weight in _weights(case, context)]
+
+    def call() -> Tensor:
+        for packed, state in parts:
+            state.dtype = case.dtype
+            out = dequantize_4bit(packed, state)
+        return out
+
+    return Runnable(call, details="fresh memory")
 
 
 def _copy(case: Case, context: Context) -> Runnable:
-    """Copying the dense weight: the bytes per second that decoding is held against."""
-    source = _dense(case, context)
-    target = torch.empty_like(source)
-    return Runnable(lambda: target.copy_(source), bytes_moved=2 * source.nbytes)
+    """Copying the dense weights: the bytes per second that converting is held against."""
+    jobs = list(zip(_dense(case, context), _outputs(case, context), strict=True))
+
+    def call() -> Tensor:
+        for source, target in jobs:
+            target.copy_(source)
+        return target
+
+    return Runnable(call, bytes_moved=2 * sum(source.nbytes for source, _ in jobs))
 
 
 def _quantize_ours(case: Case, context: Context) -> Runnable:
-    dense = _dense(case, context)
+    (dense,) = _dense(case, context)
     return Runnable(lambda: quantize_nf4(dense), kernels=kernels_path(context.device))
 
 
 def _quantize_bitsandbytes(case: Case, context: Context) -> Runnable:
     from bitsandbytes.functional import quantize_4bit
 
-    dense = _dense(case, context)
+    (dense,) = _dense(case, context)
     return Runnable(lambda: quantize_4bit(dense, blocksize=64, compress_statistics=True, quant_type="nf4"))
 
 
@@ -216,6 +292,20 @@ def _convert_cases() -> tuple[Case, ...]:
     )
 
 
+def _decode_layer_case(model: str) -> Case:
+    """All linears of one block: a pass over the model is this times its blocks."""
+    matrices = model_shape(model).linears.values()
+    return Case(
+        f"{model}-layer-bf16",
+        {"linears": len(matrices)},
+        torch.bfloat16,
+        model=model,
+        bytes_moved=sum(_nf4_bytes(n, k) + 2 * n * k for n, k in matrices),
+        devices=("cuda",),
+        graphed=True,
+    )
+
+
 BENCHMARKS = (
     Benchmark(
         name="nf4_linear",
@@ -227,13 +317,13 @@ BENCHMARKS = (
             Implementation("dense", _linear_dense),
             Implementation("dense_fp32", _linear_dense_fp32, "bound"),
             Implementation("bitsandbytes", _linear_bitsandbytes),
-            Implementation("bitsandbytes_matmul", _linear_bitsandbytes_matmul),
+            Implementation("bitsandbytes_matmul", _linear_bitsandbytes_matmul, devices=("cpu",)),
         ),
     ),
     Benchmark(
         name="dequantize_nf4",
         summary="NF4 with double quantization to a dense matrix, against bitsandbytes and a plain copy",
-        cases=_convert_cases(),
+        cases=(*_convert_cases(), _decode_layer_case("Qwen2.5-7B")),
         toy=_convert_case(TOY, 128, 64, torch.bfloat16),
         implementations=(
             Implementation("ladder_kernels", _decode_ours, "ours"),
@@ -251,6 +341,7 @@ BENCHMARKS = (
         implementations=(
             Implementation("ladder_kernels", _quantize_ours, "ours"),
             Implementation("bitsandbytes", _quantize_bitsandbytes),
+            Implementation("copy", _copy, "bound"),
         ),
     ),
 )

@@ -42,12 +42,15 @@ def _version(distribution: str) -> str:
 
 
 def _git_state() -> tuple[str, str]:
-    """Commit, and "yes" or "no" for uncommitted changes other than results, which every run makes."""
+    """Commit, and "yes" or "no" for uncommitted changes other than results, which every run makes.
+
+    A source tree that travelled without its repository is told its commit by `LADDER_COMMIT`.
+    """
     try:
         commit = _git("rev-parse", "HEAD")
         changes = _git("status", "--porcelain", "--", ".", ":!benchmarks/results")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown", "unknown"
+        return os.environ.get("LADDER_COMMIT") or "unknown", "unknown"
     return commit, "yes" if changes else "no"
 
 

@@ -30,18 +30,15 @@ def load_nf4_model(folder: Path, device: torch.device, dtype: torch.dtype) -> Pr
     )
 
 
-def load_qlora_model(folder: Path, device: torch.device, dtype: torch.dtype, checkpointing: bool) -> nn.Module:
-    """The checkpoint in `folder` (NF4, written by `shapes.write_random_checkpoint`) with trainable adapters.
+def qlora_model(model: PreTrainedModel, checkpointing: bool) -> nn.Module:
+    """The model with trainable adapters.
 
     Args:
-        folder: local checkpoint in bitsandbytes' layout.
-        device: where the model lives.
-        dtype: in which the dequantized weights multiply.
+        model: with bitsandbytes' NF4 linears.
         checkpointing: recompute activations in backward, peft's default, instead of keeping them.
     """
     from peft import LoraConfig, get_peft_model, prepare_model_for_kbit_training
 
-    model = load_nf4_model(folder, device, dtype)
     model = prepare_model_for_kbit_training(
         model,
         use_gradient_checkpointing=checkpointing,

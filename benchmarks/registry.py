@@ -14,7 +14,15 @@ from typing import Literal
 
 import torch
 
-ENTRY_MODULES = ("benchmarks.nf4", "benchmarks.linear_cross_entropy", "benchmarks.train_step", "benchmarks.generate")
+ENTRY_MODULES = (
+    "benchmarks.nf4",
+    "benchmarks.linear_cross_entropy",
+    "benchmarks.elementwise",
+    "benchmarks.side_layer",
+    "benchmarks.backbone_pass",
+    "benchmarks.train_step",
+    "benchmarks.generate",
+)
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 TOY = "toy"
 
@@ -45,6 +53,8 @@ class Case:
         bytes_moved: compulsory memory traffic of one call in bytes; an implementation may state its own.
         tokens: tokens of one call, for tokens per second.
         devices: device types it is meant for by default; `--cases` runs it anywhere.
+        graphed: on a GPU every implementation is captured in a CUDA graph and the replay is timed, so that host time
+            does not count: for problems shorter than their own launches.
     """
 
     name: str
@@ -55,6 +65,7 @@ class Case:
     bytes_moved: int | None = None
     tokens: int | None = None
     devices: tuple[str, ...] = ("cpu", "cuda")
+    graphed: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,7 +77,8 @@ class Runnable:
         cleanup: releases what garbage collection would not.
         bytes_moved: traffic of this implementation in bytes, where it differs from the case's.
         details: what runs (dtype, path, trainable parameters), for the CSV.
-        kernels: which path of ladder_kernels does the work (`benchmarks.kernels_path`); empty for a competitor.
+        kernels: which path of ladder_kernels does the work (`benchmarks.kernels_path`); empty for a competitor. On a
+            GPU the runner replaces it by what it saw launched.
     """
 
     call: Callable[[], object]
@@ -83,11 +95,16 @@ class Runnable:
 
 @dataclass(frozen=True)
 class Implementation:
-    """One competitor: `ours`, a `baseline` we are compared with, or a `bound` nobody can beat (a bare GEMM, a copy)."""
+    """One competitor: `ours`, a `baseline` we are compared with, or a `bound` nobody can beat (a bare GEMM, a copy).
+
+    `devices` are the device types it is measured on; `graphed` captures it in a CUDA graph, as `Case.graphed` does all.
+    """
 
     name: str
     build: Callable[[Case, Context], Runnable]
     kind: Literal["ours", "baseline", "bound"] = "baseline"
+    devices: tuple[str, ...] = ("cpu", "cuda")
+    graphed: bool = False
 
 
 @dataclass(frozen=True)

@@ -66,8 +66,8 @@ def competitors(result: CaseResult, measurement: Measurement) -> list[Measuremen
     ]
 
 
-def csv_rows(result: CaseResult, facts: Mapping[str, str]) -> list[dict[str, str]]:
-    """One row per implementation.
+def csv_rows(result: CaseResult, facts: Mapping[str, str], mark: str = "") -> list[dict[str, str]]:
+    """One row per implementation, marked with `mark` or else where foreign load spoilt it.
 
     Ratio columns read `name=value`: `speed_ratios` how many times faster this row is than that competitor of the run,
     `memory_ratios` this row's `step_mib` as a share of the competitor's.
@@ -93,7 +93,7 @@ def csv_rows(result: CaseResult, facts: Mapping[str, str]) -> list[dict[str, str
             "memory_ratios": " ".join(
                 f"{other.implementation.name}={value:.4g}" for other, value in memory if value is not None
             ),
-            "mark": mark_of(result.foreign_percent),
+            "mark": mark or mark_of(result.foreign_percent),
             "foreign_cpu_percent": "" if result.foreign_percent is None else f"{result.foreign_percent:.1f}",
             "details": measurement.prepared.details,
         }
@@ -208,6 +208,8 @@ def _verdicts(result: CaseResult) -> list[str]:
         name = ours.implementation.name
         for other in competitors(result, ours):
             lines.append(f"  {name} / {other.implementation.name}: {_ratio_text(ours, other, other)}")
+        if not baselines:
+            continue
         fastest = min(baselines, key=lambda m: m.percentile_ms(50))
         leanest = min(baselines, key=lambda m: m.prepared.step_mib)
         if fastest is not leanest:

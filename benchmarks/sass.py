@@ -6,12 +6,14 @@ of a card it keeps busy for longest. These are facts about machine code and a mo
 
 from __future__ import annotations
 
+import argparse
 import csv
 import fnmatch
 import importlib.metadata
 import importlib.util
 import multiprocessing
 import os
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -31,6 +33,8 @@ WORKERS = 2
 # Beyond the instructions of a dense product, nested scales included: what hides beside the tensor pipe at 128 tokens.
 WEIGHT_BUDGETS = {86: 5.2, 89: 5.2, 90: 6.5}
 REGRESSION = 1.05
+EXIT_VIOLATION = 1
+EXIT_USAGE = 2
 
 Row = dict[str, str]
 
@@ -223,3 +227,21 @@ def run(patterns: Sequence[str] | None, out: Path, known: Path | None) -> int:
     problems = [problem for row in rows for problem in violations(row)]
     print("\n".join([f"\n{len(rows)} rows in {out}, {len(problems)} violations", *problems]))
     return len(problems)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Returns:
+        0; 1 where a kernel breaks a rule; 2 for a wrong argument, or where nothing can be compiled.
+    """
+    parser = argparse.ArgumentParser(prog="python -m benchmarks sass", description=__doc__)
+    parser.add_argument("--cases", nargs="+", metavar="PATTERN", help='"name" or "name@86", wildcards allowed')
+    parser.add_argument("--out", type=Path, default=SASS_CSV, metavar="CSV")
+    parser.add_argument("--known", type=Path, metavar="CSV", help="take rows of unchanged kernels from this file")
+    options = parser.parse_args(arguments)
+    try:
+        return EXIT_VIOLATION if run(options.cases, options.out, options.known) else 0
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_USAGE

@@ -1,7 +1,8 @@
 """Real models' shapes by name, and random checkpoints of those shapes.
 
-Weights are random codes and scales written in the layout of a bitsandbytes NF4 checkpoint, so no 7B is ever quantized
-or downloaded, and every implementation loads the very same files through its public loader.
+Weights are random codes and scales in the layout of a bitsandbytes NF4 checkpoint, so no 7B is ever quantized or
+downloaded. On a CPU every implementation loads the very same files through its public loader; on a GPU
+`benchmarks.models` builds the same tensors in device memory.
 """
 
 from __future__ import annotations
@@ -103,22 +104,46 @@ def model_shape(name: str, vocab_size: int | None = None) -> ModelShape:
 
 
 def random_nf4_weight(rows: int, columns: int, generator: torch.Generator) -> NF4Weight:
-    """A double-quantized NF4 weight [rows, columns] of uniform random codes, values within about +-0.05, on the CPU."""
-    template = quantize_nf4(torch.ones(1, 64))
+    """A double-quantized NF4 weight [rows, columns] of uniform random codes, values within about +-0.05.
+
+    It lies on the generator's device, and depends on it.
+    """
+    device = generator.device
+    template = quantize_nf4(torch.ones(1, 64)).to(device)
     blocks = -(-rows * columns // template.block_size)
 
     def random_bytes(count: int) -> Tensor:
-        return torch.randint(0, 256, (count,), dtype=torch.uint8, generator=generator)
+        return torch.randint(0, 256, (count,), dtype=torch.uint8, generator=generator, device=device)
 
     return dataclasses.replace(
         template,
         packed=random_bytes(-(-rows * columns // 2)),
         absmax=random_bytes(blocks),
-        absmax_scale=torch.full((-(-blocks // 256),), 0.005),
-        absmax_offset=torch.tensor(0.045),
+        absmax_scale=torch.full((-(-blocks // 256),), 0.005, device=device),
+        absmax_offset=torch.tensor(0.045, device=device),
         shape=(rows, columns),
         dtype=torch.bfloat16,
     )
+
+
+def random_tensors(shape: ModelShape, generator: torch.Generator) -> Iterator[dict[str, Tensor]]:
+    """Random tensors of a model by checkpoint name, linears as bitsandbytes saves NF4: block by block, then the ends.
+
+    They lie on the generator's device.
+    """
+    for index in range(shape.num_layers):
+        yield dict(_block_tensors(shape, index, generator))
+    size = (shape.vocab_size, shape.hidden_size)
+
+    def table() -> Tensor:
+        return (torch.randn(size, generator=generator, device=generator.device) * 0.02).bfloat16()
+
+    ends = {"model.norm.weight": _ones(shape, generator), "model.embed_tokens.weight": table()}
+    yield ends if shape.tie_word_embeddings else ends | {"lm_head.weight": table()}
+
+
+def _ones(shape: ModelShape, generator: torch.Generator) -> Tensor:
+    return torch.ones(shape.hidden_size, dtype=torch.bfloat16, device=generator.device)
 
 
 def _block_tensors(shape: ModelShape, index: int, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
@@ -128,9 +153,10 @@ def _block_tensors(shape: ModelShape, index: int, generator: torch.Generator) ->
         tensors = random_nf4_weight(rows, columns, generator).to_bitsandbytes(key)
         yield from tensors.items()
         if shape.family == "qwen2" and name.split(".")[1] in ("q_proj", "k_proj", "v_proj"):
-            yield f"{prefix}{name}.bias", (torch.randn(rows, generator=generator) * 0.02).bfloat16()
+            bias = torch.randn(rows, generator=generator, device=generator.device) * 0.02
+            yield f"{prefix}{name}.bias", bias.bfloat16()
     for name in ("input_layernorm", "post_attention_layernorm"):
-        yield f"{prefix}{name}.weight", torch.ones(shape.hidden_size, dtype=torch.bfloat16)
+        yield f"{prefix}{name}.weight", _ones(shape, generator)
 
 
 def write_random_checkpoint(shape: ModelShape, folder: Path, seed: int = 0) -> None:
@@ -146,14 +172,9 @@ def write_random_checkpoint(shape: ModelShape, folder: Path, seed: int = 0) -> N
         weight_map.update(dict.fromkeys(tensors, file))
         size += sum(tensor.nbytes for tensor in tensors.values())
 
-    for index in range(shape.num_layers):
-        write_shard(f"block-{index:03d}.safetensors", dict(_block_tensors(shape, index, generator)))
-    table = (shape.vocab_size, shape.hidden_size)
-    ends = {"model.norm.weight": torch.ones(shape.hidden_size, dtype=torch.bfloat16)}
-    ends["model.embed_tokens.weight"] = (torch.randn(table, generator=generator) * 0.02).bfloat16()
-    if not shape.tie_word_embeddings:
-        ends["lm_head.weight"] = (torch.randn(table, generator=generator) * 0.02).bfloat16()
-    write_shard("ends.safetensors", ends)
+    for index, tensors in enumerate(random_tensors(shape, generator)):
+        file = f"block-{index:03d}" if index < shape.num_layers else "ends"
+        write_shard(f"{file}.safetensors", tensors)
 
     index_json = {"metadata": {"total_size": size}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index_json))
@@ -172,7 +193,7 @@ def write_random_checkpoint(shape: ModelShape, folder: Path, seed: int = 0) -> N
 
 
 def prepare_checkpoint(case: Case, context: Context) -> None:
-    """`Benchmark.prepare` of entries that load models: the checkpoint of the case, in a folder of its name."""
+    """`Benchmark.prepare` of entries with models: on a CPU the checkpoint of the case, in a folder of its name."""
     folder = context.folder / case.name
-    if not folder.exists():
+    if context.device.type == "cpu" and not folder.exists():
         write_random_checkpoint(model_shape(case.model, case.sizes["vocab"]), folder)

@@ -22,6 +22,7 @@ _ENTRIES = [
     for case in (*benchmark.cases, benchmark.toy)
     if "cpu" in case.devices
     for implementation in benchmark.implementations
+    if "cpu" in implementation.devices
 ]
 
 

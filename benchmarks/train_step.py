@@ -1,6 +1,6 @@
 """One optimizer step (forward, loss, backward, AdamW) of our side networks against the same step of QLoRA.
 
-Same checkpoint files, same tokens, same labels (every token but the first), one run, taking turns. Every implementation
+Same weights, same tokens, same labels (every token but the first), one run, taking turns. Every implementation
 lives in a process of its own, so that memory is its own; the others sleep on a pipe meanwhile. Memory growth
 (`step_mib`) is the peak of the resident set (CPU) or of allocated bytes (GPU) during the first two steps above the
 state after loading: activations, scratch, gradients and optimizer state. `build_and_step_mib` counts from before
@@ -9,13 +9,17 @@ loading, so with the weights.
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.utils import deterministic
 
 from benchmarks.kernels_path import kernels_path
-from benchmarks.qlora import bitsandbytes_path, load_qlora_model, qlora_loss
+from benchmarks.models import case_backbone, case_nf4_model
+from benchmarks.qlora import bitsandbytes_path, qlora_loss, qlora_model
 from benchmarks.registry import DTYPE_NAMES, TOY, Benchmark, Case, Context, Implementation, Runnable
 from benchmarks.shapes import model_shape, prepare_checkpoint
 
@@ -32,21 +36,51 @@ def _batch(case: Case, context: Context) -> tuple[Tensor, Tensor]:
 
 
 def _ladder(preset: str) -> Callable[[Case, Context], Runnable]:
-    """A builder of our step with a preset of `LadderConfig`."""
+    """A builder of our step with a preset of `LadderConfig`, on the batch that our trainer's collator makes.
+
+    Nothing in it waits for the device: document lengths stay on the host, supervised rows are counted there.
+    """
 
     def build(case: Case, context: Context) -> Runnable:
         from engine import LadderConfig, LadderForCausalLM
-        from engine.backbone import load_backbone
+        from engine.collator import Collator
 
-        backbone = load_backbone(context.folder / case.name, device=context.device)
+        backbone = case_backbone(case, context)
         config = LadderConfig.preset(preset, reduction_factor=REDUCTION_FACTOR)
         model = LadderForCausalLM.from_backbone(backbone, config).train()
-        input_ids, labels = _batch(case, context)
+        input_ids, _ = _batch(case, context)
+        batch = Collator()([{"input_ids": sample} for sample in input_ids.cpu()])
+        for name, value in batch.items():
+            if isinstance(value, Tensor) and not name.startswith("cu_seq_lens"):
+                batch[name] = value.to(context.device)
         return Runnable(
-            _step(model, lambda: model(input_ids=input_ids, labels=labels).loss),
+            _step(model, lambda: model(**batch).loss),
             details=f"{DTYPE_NAMES[backbone.dtype]} backbone, {_count_trainable(model)}",
             kernels=kernels_path(context.device),
         )
+
+    return build
+
+
+def _deterministic(builder: Callable[[Case, Context], Runnable]) -> Callable[[Case, Context], Runnable]:
+    """The same step under torch's deterministic algorithms, whose cost this shows."""
+
+    def build(case: Case, context: Context) -> Runnable:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # torch asks for it at every product
+        runnable = builder(case, context)
+
+        def step() -> object:
+            was_enabled = torch.are_deterministic_algorithms_enabled()
+            was_filled = deterministic.fill_uninitialized_memory
+            torch.use_deterministic_algorithms(True)
+            deterministic.fill_uninitialized_memory = False  # a debugging aid, no part of the algorithms
+            try:
+                return runnable.call()
+            finally:
+                torch.use_deterministic_algorithms(was_enabled)
+                deterministic.fill_uninitialized_memory = was_filled
+
+        return dataclasses.replace(runnable, call=step, details=f"{runnable.details}, deterministic")
 
     return build
 
@@ -55,7 +89,7 @@ def _qlora(dtype: torch.dtype, checkpointing: bool) -> Callable[[Case, Context],
     """A builder of QLoRA's step, multiplying in `dtype`, keeping activations or recomputing them."""
 
     def build(case: Case, context: Context) -> Runnable:
-        model = load_qlora_model(context.folder / case.name, context.device, dtype, checkpointing)
+        model = qlora_model(case_nf4_model(case, context, dtype), checkpointing)
         input_ids, labels = _batch(case, context)
         details = f"{DTYPE_NAMES[dtype]}, {_count_trainable(model)}, {bitsandbytes_path(context.device)}"
         return Runnable(_step(model, lambda: qlora_loss(model, input_ids, labels, dtype)), details=details)
@@ -65,9 +99,9 @@ def _qlora(dtype: torch.dtype, checkpointing: bool) -> Callable[[Case, Context],
 
 def _step(model: nn.Module, loss_of: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """The step both sides share, returning its loss; gradients are freed in between, as trainers do."""
-    optimizer = torch.optim.AdamW(
-        [parameter for parameter in model.parameters() if parameter.requires_grad], lr=LEARNING_RATE, fused=True
-    )
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    is_gpu = trained[0].device.type == "cuda"
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, fused=True, capturable=is_gpu)
 
     def step() -> Tensor:
         loss = loss_of()
@@ -103,10 +137,12 @@ BENCHMARKS = (
         implementations=(
             Implementation("ladder", _ladder("ladder"), "ours"),
             Implementation("xladder", _ladder("xladder"), "ours"),
+            Implementation("ladder_graphed", _ladder("ladder"), "ours", ("cuda",), graphed=True),
+            Implementation("ladder_deterministic", _deterministic(_ladder("ladder")), "ours", ("cuda",)),
             Implementation("qlora", _qlora(torch.bfloat16, checkpointing=True)),
             Implementation("qlora_kept", _qlora(torch.bfloat16, checkpointing=False)),
-            Implementation("qlora_fp32", _qlora(torch.float32, checkpointing=True)),
-            Implementation("qlora_fp32_kept", _qlora(torch.float32, checkpointing=False)),
+            Implementation("qlora_fp32", _qlora(torch.float32, checkpointing=True), devices=("cpu",)),
+            Implementation("qlora_fp32_kept", _qlora(torch.float32, checkpointing=False), devices=("cpu",)),
         ),
         isolated=True,
         seconds=60.0,

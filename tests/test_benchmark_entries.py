@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks import models
+from benchmarks.qlora import qlora_loss, qlora_model
 from benchmarks.registry import (
     TOY,
     Benchmark,
@@ -21,6 +23,7 @@ from benchmarks.registry import (
     load_benchmarks,
 )
 from benchmarks.shapes import SHAPES, model_shape, random_nf4_weight, write_random_checkpoint
+from engine.sequence import SequenceLayout
 from ladder_kernels import dequantize_nf4
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -63,10 +66,14 @@ def test_every_implementation_runs_at_its_toy_shape(
     assert bool(runnable.kernels) == (implementation.kind == "ours")
 
 
-@pytest.mark.parametrize(("name", "tolerance"), [("nf4_linear", 1e-6), ("dequantize_nf4", 0.0)])
+@pytest.mark.parametrize(
+    ("name", "tolerance"),
+    [("nf4_linear", 1e-6), ("dequantize_nf4", 0.0), ("side_layer", 1e-6), ("rms_norm", 1e-6), ("rotary", 1e-6)],
+)
 def test_implementations_of_an_operation_compute_the_same(name: str, tolerance: float, context: Context) -> None:
     benchmark = find_benchmark(name)
-    outputs = {item.name: item.build(benchmark.toy, context).call() for item in benchmark.implementations}
+    competitors = [item for item in benchmark.implementations if item.kind != "bound" or name == "dequantize_nf4"]
+    outputs = {item.name: item.build(benchmark.toy, context).call() for item in competitors}
     expected = outputs.pop("ladder_kernels").double()
     for rival, output in outputs.items():
         error = float((output.double() - expected).abs().max() / expected.abs().max())
@@ -76,7 +83,7 @@ def test_implementations_of_an_operation_compute_the_same(name: str, tolerance: 
 def test_first_loss_of_every_train_step_is_that_of_the_same_backbone(context: Context) -> None:
     """Side networks and adapters start as zero, so ladder, xladder and fp32 QLoRA must agree on the very first loss."""
     benchmark = _prepared(find_benchmark("train_step"), context)
-    names = ("ladder", "xladder", "qlora_fp32", "qlora_fp32_kept")
+    names = ("ladder", "xladder", "ladder_deterministic", "qlora_fp32", "qlora_fp32_kept")
     losses = [benchmark.implementation(name).build(benchmark.toy, context).call() for name in names]
     assert losses[0] == losses[1]
     for name, loss in zip(names, losses, strict=True):
@@ -127,6 +134,36 @@ def test_random_weights_look_like_weights() -> None:
     assert weight.double_quant and dense.shape == (96, 64)
     assert 0.01 < float(dense.std()) < 0.05
     assert abs(float(dense.mean())) < 0.01
+
+
+def test_models_built_in_memory_are_those_of_the_checkpoint(context: Context) -> None:
+    """Ours and QLoRA's: what a GPU is measured on is what a CPU loads from files."""
+    toy = _prepared(find_benchmark("train_step"), context).toy
+    input_ids = torch.arange(24) % toy.sizes["vocab"]
+    layout = SequenceLayout.packed([24])
+    shape, dtype = model_shape("toy"), torch.float32
+    loaded, built = models.case_backbone(toy, context), models.random_backbone(shape, context.device)
+    for (_, expected), (_, actual) in zip(
+        loaded.hidden_states(input_ids, layout), built.hidden_states(input_ids, layout), strict=True
+    ):
+        assert torch.equal(actual, expected)
+    expected, actual = (
+        model.eval()(input_ids[None]).logits
+        for model in (models.case_nf4_model(toy, context, dtype), models.random_nf4_model(shape, context.device, dtype))
+    )
+    assert torch.equal(actual, expected)
+
+
+def test_adapters_are_put_on_a_model_built_in_memory(context: Context) -> None:
+    from peft.tuners.lora.bnb import Linear4bit
+
+    model = models.random_nf4_model(model_shape("toy"), context.device, torch.float32)
+    adapted = qlora_model(model, checkpointing=True)
+    assert sum(isinstance(module, Linear4bit) for module in adapted.modules()) == 7 * 4
+    input_ids = torch.arange(24)[None]
+    qlora_loss(adapted, input_ids, input_ids, torch.float32).backward()
+    gradients = [parameter.grad for parameter in adapted.parameters() if parameter.requires_grad]
+    assert gradients and all(gradient is not None for gradient in gradients)
 
 
 def test_a_random_checkpoint_is_reproducible(tmp_path: Path) -> None:

@@ -73,8 +73,8 @@ def test_a_worker_process_reports_and_times() -> None:
     runner = measure.WorkerRunner(
         benchmark, benchmark.toy, benchmark.implementations[0], Context(torch.device("cpu"), Path())
     )
-    assert runner.time_call_ms() > 0
     assert runner.prepared.kernels == kernels_path.kernels_path(torch.device("cpu"))
+    assert runner.time_call_ms() > 0
     assert runner.prepared.build_and_step_mib >= runner.prepared.step_mib >= 0
     runner.close()
     assert not multiprocessing.active_children()
@@ -82,13 +82,60 @@ def test_a_worker_process_reports_and_times() -> None:
 
 def test_a_worker_process_hands_its_error_over() -> None:
     benchmark = find_benchmark("train_step")
+    runner = measure.WorkerRunner(
+        benchmark,
+        benchmark.toy,
+        benchmark.implementation("ladder"),
+        Context(torch.device("cpu"), Path("no-such-folder")),
+    )
     with pytest.raises(RuntimeError, match=r"train_step/toy/ladder failed(?s:.*)no-such-folder"):
-        measure.WorkerRunner(
-            benchmark,
-            benchmark.toy,
-            benchmark.implementation("ladder"),
-            Context(torch.device("cpu"), Path("no-such-folder")),
-        )
+        _ = runner.prepared
+    runner.close()
+    assert not multiprocessing.active_children()
+
+
+def test_a_worker_that_nobody_asks_ends_quietly() -> None:
+    benchmark = find_benchmark("linear_cross_entropy")
+    runner = measure.WorkerRunner(
+        benchmark, benchmark.toy, benchmark.implementations[0], Context(torch.device("cpu"), Path())
+    )
+    runner.close()
+    assert not multiprocessing.active_children()
+
+
+def _faulty(names: tuple[str, ...]) -> Benchmark:
+    def fails(case: Case, context: Context) -> Runnable:
+        raise ModuleNotFoundError("No module named 'rival'")
+
+    implementations = tuple(
+        Implementation(name, fails if name in names else lambda case, context: Runnable(lambda: None))
+        for name in ("ours", "rival")
+    )
+    return Benchmark("fake", "", (), Case(TOY, {}, torch.float32), implementations)
+
+
+def test_a_failing_rival_is_named_and_the_rest_measured(context: Context) -> None:
+    benchmark = _faulty(("rival",))
+    with pytest.raises(ModuleNotFoundError):
+        measure.measure_case(benchmark, benchmark.toy, context, 0.0)
+    result = measure.measure_case(benchmark, benchmark.toy, context, 0.0, keep_going=True)
+    assert [m.implementation.name for m in result.measurements] == ["ours"]
+    ((name, reason),) = result.failures
+    assert name == "rival" and "No module named 'rival'" in reason
+
+
+def test_a_case_of_which_nothing_is_left_fails(context: Context) -> None:
+    benchmark = _faulty(("ours", "rival"))
+    with pytest.raises(RuntimeError, match=r"ours failed(?s:.*)rival failed(?s:.*)No module named 'rival'"):
+        measure.measure_case(benchmark, benchmark.toy, context, 0.0, keep_going=True)
+
+
+def test_implementations_are_measured_on_their_devices_only(context: Context) -> None:
+    benchmark = _faulty(())
+    ours, rival = benchmark.implementations
+    benchmark = replace(benchmark, implementations=(ours, replace(rival, devices=("cuda",))))
+    result = measure.measure_case(benchmark, benchmark.toy, context, 0.0)
+    assert [m.implementation.name for m in result.measurements] == ["ours"]
 
 
 class _FakeRunner:
@@ -202,6 +249,10 @@ def test_csv_rows(result: measure.CaseResult) -> None:
     assert (ours["kernels"], slow["kernels"]) == ("reference", "")
     assert slow["speed_ratios"] == "fat=0.6667 bound=0.1667"
     assert ours["commit"] == FACTS["commit"]
+
+
+def test_a_mark_of_the_caller_goes_before_that_of_the_load(result: measure.CaseResult) -> None:
+    assert {row["mark"] for row in results.csv_rows(result, FACTS, "dry_run")} == {"dry_run"}
 
 
 def test_csv_is_appended_with_one_header(result: measure.CaseResult, tmp_path: Path) -> None:
@@ -370,6 +421,16 @@ def test_the_reference_is_never_called_native(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(native, "status", lambda: loaded)
     assert kernels_path.kernels_path(torch.device("cpu")) == "native avx512"
     assert kernels_path.kernels_path(torch.device("cuda")) == "reference"
+
+
+def test_triton_is_only_said_of_kernels_that_were_seen() -> None:
+    knobs = pytest.importorskip("triton.knobs")
+    with kernels_path.count_triton_launches() as count:
+        assert count.path() == "reference"
+        for _ in range(2):
+            knobs.runtime.launch_enter_hook(None)
+    knobs.runtime.launch_enter_hook(None)
+    assert count.path() == "triton, 2 launches"
 
 
 def _train_step_csv(result: measure.CaseResult, path: Path) -> None:

@@ -106,7 +106,7 @@ def load_backbone(
     return Backbone(
         config,
         hf_config,
-        *_assemble(config, loaded),
+        *assemble(config, loaded),
         source=str(source),
         folder=folder,
         fingerprint=_fingerprint(config, packing, digests),
@@ -270,10 +270,10 @@ def _fingerprint(config: BackboneConfig, packing: str, digests: Mapping[str, str
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _assemble(
+def assemble(
     config: BackboneConfig, loaded: Mapping[str, Tensor | NF4Weight]
 ) -> tuple[Tensor, list[Block], Tensor, Tensor]:
-    """Embedding, blocks, final norm weight and head of the loaded tensors."""
+    """Embedding, blocks, final norm weight and head from tensors by their names in a checkpoint."""
     names = config.names
 
     def linear(prefix: str) -> Linear:

@@ -1,0 +1,52 @@
+"""A training step never asks the device for a value: nothing waits, and a CUDA graph can hold it.
+
+Under fake tensors every read of a value (item, nonzero, a boolean mask) raises, so a step that runs under them reads
+none. Document lengths are the one thing that the host must know; the collator hands them over as a CPU tensor.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from ladders import ladder_model
+from torch import Tensor
+from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+
+from engine.collator import Collator
+from engine.model import LadderForCausalLM
+
+
+def _batch() -> dict[str, Any]:
+    samples = []
+    for length in (20, 13):
+        input_ids = torch.arange(length) % 256
+        labels = torch.where(input_ids < length // 2, -100, input_ids)
+        samples.append({"input_ids": input_ids, "labels": labels})
+    return Collator()(samples)
+
+
+def _loss(model: LadderForCausalLM, batch: dict[str, Any], fake: FakeTensorMode) -> Tensor:
+    on_device = {
+        name: fake.from_tensor(value) if isinstance(value, Tensor) and not name.startswith("cu_seq_lens") else value
+        for name, value in batch.items()
+    }
+    return model(**on_device, num_items_in_batch=fake.from_tensor(torch.tensor(7))).loss
+
+
+@pytest.mark.parametrize("preset", ["ladder", "xladder", "lst", "qst"])
+def test_forward_and_backward_read_nothing(preset: str) -> None:
+    model, batch = ladder_model(preset).train(), _batch()
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake:
+        loss = _loss(model, batch, fake)
+        gradients = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
+    assert all(gradient is not None for gradient in gradients)
+
+
+def test_a_read_would_be_seen() -> None:
+    """Without the collator's rows the model has to look for the supervised ones itself."""
+    model, batch = ladder_model("ladder").train(), _batch()
+    del batch["supervised_rows"], batch["supervised_targets"]
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, pytest.raises(DynamicOutputShapeException):
+        _loss(model, batch, fake)
