@@ -89,9 +89,10 @@ def _linear_dense(case: Case, context: Context) -> Runnable:
 
 def _linear_dense_fp32(case: Case, context: Context) -> Runnable:
     """The GEMM that bounds 16-bit products on a CPU without 16-bit units: twice the bytes, no conversions."""
-    weight, x = _dense(case, context).float(), _input(case, context).float()
-    traffic = weight.nbytes + 2 * x.nbytes
-    return Runnable(torch.no_grad()(lambda: F.linear(x, weight)), bytes_moved=traffic, details="fp32")
+    weights, inputs = ([tensor.float() for tensor in each(case, context)] for each in (_dense, _inputs))
+    products = [partial(F.linear, weight=weight) for weight in weights]
+    traffic = sum(weight.nbytes for weight in weights) + 2 * _activation_bytes(case)
+    return Runnable(_in_turn(products, inputs), bytes_moved=traffic, details="fp32")
 
 
 def _linear_bitsandbytes(case: Case, context: Context) -> Runnable:
@@ -315,7 +316,7 @@ BENCHMARKS = (
         implementations=(
             Implementation("ladder_kernels", _linear_ours, "ours"),
             Implementation("dense", _linear_dense),
-            Implementation("dense_fp32", _linear_dense_fp32, "bound"),
+            Implementation("dense_fp32", _linear_dense_fp32, "bound", devices=("cpu",)),
             Implementation("bitsandbytes", _linear_bitsandbytes),
             Implementation("bitsandbytes_matmul", _linear_bitsandbytes_matmul, devices=("cpu",)),
         ),

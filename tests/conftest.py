@@ -13,12 +13,15 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils._device import _device_constructors
 
 from ladder_kernels import native
 
 # Kernels are interpreted where there is no GPU: Triton decides when a kernel is defined, so before any is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+_device_constructors()  # torch lists its own constructors once: before one of them is replaced below
 
 KERNEL_TESTS = (
     "test_nf4",
