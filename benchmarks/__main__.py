@@ -57,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
         "names",
         nargs="+",
         metavar="NAME",
-        help="benchmarks, or `list`; or `gpu` or `sass`, with options of their own (`gpu --help`)",
+        help="benchmarks, or `list`; `gpu` and `sass` have options of their own",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(
