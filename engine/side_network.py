@@ -105,8 +105,8 @@ class SideLayer(nn.Module):
         dims, dtype = self.dims, state.dtype
         normed = rms_norm(state, self.attention_norm.to(dtype), self.eps)
         heads = F.linear(normed, self.qkv.to(dtype)).unflatten(-1, (-1, dims.head_dim))
-        query, key, value = heads.split((dims.num_heads, dims.num_kv_heads, dims.num_kv_heads), dim=1)
-        query, key = rotary(query, *tables), rotary(key, *tables)
+        rotated, value = heads.split((dims.num_heads + dims.num_kv_heads, dims.num_kv_heads), dim=1)
+        query, key = rotary(rotated, *tables).split((dims.num_heads, dims.num_kv_heads), dim=1)
         mixed = attention(query, key, value, layout, cache=cache, layer=cache_layer)
         state = state + F.linear(mixed, self.attention_out.to(dtype))
         normed = rms_norm(state, self.mlp_norm.to(dtype), self.eps)
