@@ -122,7 +122,7 @@ def gemm_config(tokens: int, is_pair: bool) -> GemmConfig:
         # 128 columns of a pair do not fit in the registers of sm_86.
         config = GemmConfig(32, 64, 64 if is_pair else 128, 4, 3, False)
     elif tokens <= 64:
-        config = GemmConfig(64, 128, 64, 8, 3, True)
+        config = GemmConfig(64, 64, 64, 4, 3, True) if is_pair else GemmConfig(64, 128, 64, 8, 3, True)
     else:
         config = GemmConfig(128, 128, 64, 8, 2 if is_pair else 3, True)
     return config._replace(block_rows=config.block_rows // 2) if is_pair else config
