@@ -28,13 +28,13 @@ class SequenceLayout:
         lengths: rows per document, in order; they sum to T. Host integers, so that no device is waited for.
         padding: bool [B, kv_len], True where cached or new key columns hold real tokens; None without a cache. With a
             cache the rows are the flattened [B, q_len] block of new columns, padding included.
-        is_padded: whether some of these columns hold none.
+        is_padded: whether some of these columns may hold none.
     """
 
     positions: Tensor
     lengths: tuple[int, ...]
     padding: Tensor | None = None
-    is_padded: bool = False
+    is_padded: bool = True
     _masks: dict[int | None, Tensor] = field(default_factory=dict, repr=False, compare=False)
     _offsets: list[Tensor] = field(default_factory=list, repr=False, compare=False)
 
@@ -133,6 +133,12 @@ def _cached_attention(
     batch, length = len(layout.lengths), layout.lengths[0]
     query, key, value = (t.unflatten(0, (batch, length)).transpose(1, 2) for t in (query, key, value))
     key, value = cache.update(key, value, layer)
+    assert layout.padding is not None
+    if key.shape[2] != layout.padding.shape[1]:
+        raise ValueError(
+            f"expected a cache that holds all {layout.padding.shape[1]} columns of the mask in every layer, "
+            f"got {key.shape[2]} in layer {layer}: pass a DynamicCache of this model without sliding layers"
+        )
     mask = layout.mask(window)
     is_causal, is_grouped = mask is None and length > 1, query.shape[1] != key.shape[1]
     out = F.scaled_dot_product_attention(query, key, value, mask, is_causal=is_causal, enable_gqa=is_grouped)

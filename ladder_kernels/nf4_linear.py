@@ -69,7 +69,7 @@ def _multiply(
     plan: LinearPlan | GpuLinearPlan,
     half_precision: bool = False,
 ) -> Tensor:
-    flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    flat = x if x.dim() == 2 else x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
     out = x.new_empty(flat.shape[0], rows)
     if isinstance(plan, GpuLinearPlan):
         from ladder_kernels.gpu import nf4_linear as gpu
@@ -169,8 +169,8 @@ def nf4_linear(
         residual: [..., N] in x.dtype, added to the rounded result.
         allow_fp16_sums: GeForce cards with x in fp16 may sum up to 128 columns at a time in fp16, at twice the speed. A
             sum of so few that leaves fp16 becomes infinite. Other devices sum in fp32 all the same.
-        workspace: keeps the scratch (a decode panel of at most 32 MiB, on a GPU two, and up to 512 rows in fp32 where
-            products of 16 bits are computed so) between calls. Without one it is allocated for this call.
+        workspace: keeps the scratch (a decode panel of about 32 MiB, at least 64 rows, on a GPU two; 512 rows in fp32
+            where products of 16 bits are computed so) between calls. Without one it is allocated for this call.
 
     Returns:
         [..., N] in x.dtype, a new tensor.

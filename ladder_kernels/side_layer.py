@@ -92,7 +92,7 @@ def side_layer(
     Raises:
         ValueError, TypeError: shapes, dtypes or devices disagree.
     """
-    heads, kv_heads = _check(state, weights, cos, sin, lengths)
+    heads, kv_heads = _check(state, weights, cos, sin, lengths, offsets)
     shape = SideLayerShape(heads, kv_heads, cos.shape[1], tuple(lengths), epsilon)
     needs_grad = torch.is_grad_enabled() and (state.requires_grad or any(w.requires_grad for w in weights))
     with without_autocast(state.device):
@@ -199,7 +199,12 @@ def _runs_triton(state: Tensor, *others: Tensor) -> bool:
 
 
 def _check(
-    state: Tensor, weights: SideLayerWeights, cos: Tensor, sin: Tensor, lengths: Sequence[int]
+    state: Tensor,
+    weights: SideLayerWeights,
+    cos: Tensor,
+    sin: Tensor,
+    lengths: Sequence[int],
+    offsets: Tensor | None,
 ) -> tuple[int, int]:
     """Check all inputs; the numbers of query heads and of key heads."""
     op = "side_layer"
@@ -209,8 +214,16 @@ def _check(
     tokens, width = state.shape
     check_shape(op, "cos", cos, (tokens, "d"))
     check_shape(op, "sin", sin, cos.shape)
-    head_dim, mixed, inner = cos.shape[1], weights.attention_out.shape[-1], weights.mlp_out.shape[-1]
-    if head_dim % 2 or mixed % head_dim or (kv_rows := weights.qkv.shape[0] - mixed) <= 0 or kv_rows % (2 * head_dim):
+    for name in ("qkv", "attention_out", "gate_up", "mlp_out"):
+        check_shape(op, name, getattr(weights, name), ("rows", "columns"))
+    head_dim, mixed, inner = cos.shape[1], weights.attention_out.shape[1], weights.mlp_out.shape[1]
+    if (
+        head_dim == 0
+        or head_dim % 2
+        or mixed % head_dim
+        or (kv_rows := weights.qkv.shape[0] - mixed) <= 0
+        or kv_rows % (2 * head_dim)
+    ):
         raise ValueError(
             f"{op}: expected qkv [(Hq + 2 Hkv) d, S] and attention_out [S, Hq d] for heads of d = {head_dim}, "
             f"got {list(weights.qkv.shape)} and {list(weights.attention_out.shape)}"
@@ -230,6 +243,10 @@ def _check(
         check_dtype(op, name, table.dtype, (state.dtype,))
         check_contiguous(op, name, table)
         check_device(op, name, table, state.device)
-    if sum(lengths) != tokens:
-        raise ValueError(f"{op}: expected lengths that sum to the {tokens} rows of state, got {list(lengths)}")
+    if not lengths or min(lengths) < 0 or sum(lengths) != tokens:
+        raise ValueError(f"{op}: expected lengths >= 0 that sum to the {tokens} rows of state, got {list(lengths)}")
+    if offsets is not None:
+        check_shape(op, "offsets", offsets, (len(lengths) + 1,))
+        check_dtype(op, "offsets", offsets.dtype, (torch.int32,))
+        check_device(op, "offsets", offsets, state.device)
     return heads, kv_heads

@@ -13,7 +13,17 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from numerics import assert_close_to_truth, assert_same_bits
 
-from ladder_kernels import NF4Weight, Workspace, dequantize_nf4, launch, native, nf4_linear, quantize_nf4
+from ladder_kernels import (
+    NF4Weight,
+    Workspace,
+    dequantize_nf4,
+    launch,
+    native,
+    nf4_linear,
+    nf4_swiglu,
+    quantize_nf4,
+    swiglu,
+)
 from ladder_kernels.launch import PANEL_ROW_MULTIPLE, LinearPlan, linear_plan, panel_rows
 from ladder_kernels.reference import BLOCK_SIZES
 
@@ -147,6 +157,33 @@ def test_linear_plan():
     assert linear_plan(2048, 300, 128, 64, 2, "avx512").wide_tokens == launch.WIDE_TOKENS
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [3, 40])
+def test_residual_is_added_to_the_rounded_result(implementation, dtype, tokens):
+    weight, x = quantize_nf4(torch.randn(70, 128, dtype=dtype)), torch.randn(2, tokens, 128, dtype=dtype)
+    bias, residual = torch.randn(70, dtype=dtype), torch.randn(70, tokens, 2, dtype=dtype).permute(2, 1, 0)
+    before = residual.clone()
+    out = nf4_linear(x, weight, bias, residual)
+    assert_same_bits("out", out, residual + nf4_linear(x, weight, bias))
+    assert_same_bits("residual", residual, before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [0, 3, 40])
+def test_swiglu_of_two_products(implementation, dtype, tokens):
+    gate, up = (quantize_nf4(torch.randn(70, 128, dtype=dtype)) for _ in range(2))
+    x, workspace = torch.randn(tokens, 128, dtype=dtype), Workspace()
+    expected = swiglu(nf4_linear(x, gate), nf4_linear(x, up))
+    assert_same_bits("out", nf4_swiglu(x, gate, up, workspace=workspace), expected)
+
+
+def test_no_columns_at_all():
+    codebook = quantize_nf4(torch.ones(1, 64)).codebook
+    empty = NF4Weight(torch.empty(0, dtype=torch.uint8), torch.empty(0), codebook, (5, 0), torch.float32)
+    for shape in ((3, 0), (2, 3, 0), (0,)):
+        assert_same_bits("out", nf4_linear(torch.empty(shape), empty), torch.zeros(*shape[:-1], 5))
+
+
 def test_leading_dimensions():
     weight = quantize_nf4(torch.randn(5, 8))
     x = torch.randn(2, 3, 8)
@@ -205,13 +242,20 @@ def test_compiles_as_one_graph():
     """In a process of its own, for the other tests run with the compiler off."""
     code = """
 import torch
-from ladder_kernels import nf4_linear, quantize_nf4
+from ladder_kernels import nf4_linear, nf4_swiglu, quantize_nf4
 weight = quantize_nf4(torch.randn(70, 128))
 for tokens in (3, 50):
     x = torch.randn(tokens, 128)
     compiled = torch.compile(lambda x: nf4_linear(x * 2, weight), fullgraph=True, backend="eager")
     with torch.no_grad():
         assert torch.equal(compiled(x), nf4_linear(x * 2, weight))
+    residual = torch.randn(tokens, 70)
+    fused = torch.compile(
+        lambda x: nf4_linear(x, weight, None, residual) * nf4_swiglu(x, weight, weight), fullgraph=True, backend="eager"
+    )
+    with torch.no_grad():
+        expected = nf4_linear(x, weight, None, residual) * nf4_swiglu(x, weight, weight)
+        assert torch.allclose(fused(x), expected)
 """
     environment = {**os.environ, "TORCHDYNAMO_DISABLE": "0"}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
@@ -230,3 +274,13 @@ def test_wrong_arguments():
         nf4_linear(torch.randn(3, 8), weight, torch.randn(5, dtype=torch.bfloat16))
     with pytest.raises(ValueError, match="expected x on cpu, got meta"):
         nf4_linear(torch.randn(3, 8, device="meta"), weight)
+    with pytest.raises(ValueError, match=r"expected residual of shape \[3, 5\], got \[3, 4\]"):
+        nf4_linear(torch.randn(3, 8), weight, None, torch.randn(3, 4))
+    with pytest.raises(TypeError, match="expected residual in float32, got bfloat16"):
+        nf4_linear(torch.randn(3, 8), weight, None, torch.randn(3, 5, dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match=r"nf4_linear: residual requires a gradient.*torch\.no_grad"):
+        nf4_linear(torch.randn(3, 8), weight, None, torch.randn(3, 5, requires_grad=True))
+    with pytest.raises(ValueError, match=r"nf4_swiglu: expected up_weight of shape \(5, 8\), got \(6, 8\)"):
+        nf4_swiglu(torch.randn(3, 8), weight, quantize_nf4(torch.randn(6, 8)))
+    with pytest.raises(ValueError, match=r"nf4_swiglu: expected x of shape \[T, 8\], got \[8\]"):
+        nf4_swiglu(torch.randn(8), weight, weight)

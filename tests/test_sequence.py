@@ -82,6 +82,18 @@ def test_a_cache_grows_at_its_own_layer() -> None:
     assert cache.layers[1].keys.shape == (2, 2, 3, 8)
 
 
+@pytest.mark.parametrize(("columns", "cached"), [(3, 5), (10, 0)])
+def test_a_cache_that_does_not_hold_the_columns_of_the_mask_is_refused(columns: int, cached: int) -> None:
+    cache = DynamicCache()
+    if cached:
+        attention(*(heads(cached, 2, 0),) * 3, SequenceLayout.cached(torch.ones(1, cached), cached), cache=cache)
+    layout = SequenceLayout.cached(torch.ones(1, columns), 3)
+    with pytest.raises(
+        ValueError, match=f"all {columns} columns of the mask in every layer, got {cached + 3} in layer 0"
+    ):
+        attention(*(heads(3, 2, 0),) * 3, layout, cache=cache)
+
+
 def test_layouts_count_positions_per_document() -> None:
     assert SequenceLayout.packed([3, 1, 2]).positions.tolist() == [0, 1, 2, 0, 0, 1]
     padding = torch.tensor([[False, False, True, True], [True, True, True, True]])

@@ -153,10 +153,20 @@ def test_wrong_arguments() -> None:
         arguments = {"state": state, "weights": given, "cos": cos, "sin": sin, "lengths": LENGTHS} | changed
         return side_layer(**arguments, epsilon=1e-5)
 
-    with pytest.raises(ValueError, match=r"expected lengths that sum to the 13 rows of state, got \[5, 7\]"):
+    with pytest.raises(ValueError, match=r"expected lengths >= 0 that sum to the 13 rows of state, got \[5, 7\]"):
         call(lengths=(5, 7))
+    with pytest.raises(ValueError, match=r"expected lengths >= 0 that sum to the 13 rows of state, got \[-1, 14\]"):
+        call(lengths=(-1, 14))
+    with pytest.raises(ValueError, match=r"expected lengths >= 0 that sum to the 0 rows of state, got \[\]"):
+        call(state=state[:0], cos=cos[:0], sin=sin[:0], lengths=())
     with pytest.raises(ValueError, match=r"expected cos of shape \[13, d\]"):
         call(cos=cos[1:])
+    with pytest.raises(ValueError, match=r"heads of d = 0"):
+        call(cos=cos[:, :0], sin=sin[:, :0])
+    with pytest.raises(ValueError, match=r"expected mlp_out of shape \[rows, columns\], got \[\]"):
+        call(weights=given._replace(mlp_out=given.mlp_out.sum()))
+    with pytest.raises(TypeError, match="expected offsets in int32, got int64"):
+        call(offsets=torch.tensor([0, *LENGTHS]))
     with pytest.raises(ValueError, match=r"heads of d = 6, got \[47, 24\]"):
         call(weights=given._replace(qkv=given.qkv[:47]))
     with pytest.raises(ValueError, match=r"multiple of the key heads, got 4 and 3"):

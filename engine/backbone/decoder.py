@@ -35,7 +35,7 @@ class Linear:
         if isinstance(self.weight, NF4Weight):
             return nf4_linear(x, self.weight, self.bias, residual, workspace=workspace)
         out = F.linear(x, self.weight, self.bias)
-        return out if residual is None else out.add_(residual)
+        return out if residual is None else residual + out
 
 
 @dataclass
