@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ladder_kernels.gpu.spec import ARCHITECTURES, POINTERS, TURING, KernelSpec
+from ladder_kernels.gpu.spec import POINTERS, KernelSpec
 from ladder_kernels.gpu.tap_tiles import (
     ELEMENTS,
     FEW_TOKENS,
@@ -118,14 +118,15 @@ def _tap_bwd_dw_kernel(
     first_row = (tl.program_id(1) * BLOCK_S).to(tl.int64)
     offsets = tl.arange(0, BLOCK_S)[:, None] * D + columns
     mask = in_side & in_width
+    out = dweight
+    if HAS_GATE:
+        out = dweight * (1.0 - tl.load(gate_ptr).to(tl.float32))
+    part_row = first_row + tl.program_id(2).to(tl.int64) * S
+    tl.store(dweight_ptr + part_row * D + offsets, out.to(dweight_ptr.dtype.element_ty), mask=mask)
     if NEEDS_GATE:
         weight = tl.load(weight_ptr + first_row * D + offsets, mask=mask, other=0.0).to(dout_ptr.dtype.element_ty)
         product = tl.sum(dweight * weight.to(tl.float32))
         tl.store(dgate_ptr + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0), -product)
-    if HAS_GATE:
-        dweight = dweight * (1.0 - tl.load(gate_ptr).to(tl.float32))
-    first_row += tl.program_id(2).to(tl.int64) * S
-    tl.store(dweight_ptr + first_row * D + offsets, dweight.to(dweight_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit(do_not_specialize=["parts"], do_not_specialize_on_alignment=["dgate_ptr"])
@@ -363,6 +364,5 @@ def _spec(
         divisible=tuple(name for name in divisible if name in arguments),
         num_warps=num_warps,
         num_stages=num_stages,
-        architectures=ARCHITECTURES if pointer == "*bf16" else (TURING, *ARCHITECTURES),
         uses_tensor_cores=kernel in (_tap_fwd_kernel, _tap_bwd_dw_kernel) and pointer != "*fp32",
     )
