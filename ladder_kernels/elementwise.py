@@ -104,16 +104,20 @@ def swiglu_(gate: Tensor, up: Tensor) -> Tensor:
     _check_swiglu(gate, up)
     for name, tensor in (("gate", gate), ("up", up)):
         check_no_gradient("swiglu_", name, tensor, "call swiglu, or this under torch.no_grad()")
-    shares_memory = gate.untyped_storage()._cdata == up.untyped_storage()._cdata
-    is_foreign = gate.is_inference() and not torch.is_inference_mode_enabled()  # torch says why that is wrong
     kernels = _kernels(gate, up)
-    if kernels is None or not gate.is_contiguous() or shares_memory or is_foreign:
+    if kernels is None or not gate.is_contiguous() or _must_not_write(gate, up):
         return gate.copy_(reference.swiglu(gate, up))
     kernels.swiglu(gate, up, gate)
     if not gate.is_inference():
         # The kernel wrote behind autograd's back: whoever saved `gate` for backward must find out.
         torch.autograd.graph.increment_version(gate)
     return gate
+
+
+def _must_not_write(gate: Tensor, up: Tensor) -> bool:
+    """True if they share memory, or torch has to say that a tensor of inference mode is not written to outside of it."""
+    shares_memory = gate.untyped_storage()._cdata == up.untyped_storage()._cdata
+    return shares_memory or (gate.is_inference() and not torch.is_inference_mode_enabled())
 
 
 def _check_swiglu(gate: Tensor, up: Tensor) -> None:
