@@ -115,7 +115,7 @@ def swiglu_(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def _must_not_write(gate: Tensor, up: Tensor) -> bool:
-    """True if they share memory, or torch has to say that inference tensors are not written to outside of their mode."""
+    """True if they share memory, or torch has to refuse: a tensor of inference mode, outside of it."""
     shares_memory = gate.untyped_storage()._cdata == up.untyped_storage()._cdata
     return shares_memory or (gate.is_inference() and not torch.is_inference_mode_enabled())
 
