@@ -70,7 +70,10 @@ def read_instructions(listing: str) -> tuple[list[str], dict[str, int]]:
 
 
 def read_main_loop(listing: str) -> Loop:
-    """The innermost loop with the most tensor-core instructions, else the longest; without loops the whole kernel.
+    """The innermost loop with the most tensor-core instructions, else the longest.
+
+    The whole kernel where there is no loop, or where tensor-core instructions stand outside of all loops: a product of
+    one step leaves none on sm_100 but that which waits for it.
 
     Raises:
         ValueError: the listing has no instructions.
@@ -84,9 +87,9 @@ def read_main_loop(listing: str) -> Loop:
         # A branch to itself is the trap behind the end of a kernel.
         if target is not None and labels.get(target[1], index) < index:
             loops.append(_without_padding(instructions[labels[target[1]] : index + 1]))
-    if not loops:
-        return _without_padding(instructions)
-    most = max(loop.tensor_instructions for loop in loops)
+    whole, most = _without_padding(instructions), max((loop.tensor_instructions for loop in loops), default=0)
+    if not loops or (most == 0 and whole.tensor_instructions):
+        return whole
     if most == 0:
         return max(loops, key=lambda loop: len(loop.instructions))
     return min((loop for loop in loops if loop.tensor_instructions == most), key=lambda loop: len(loop.instructions))

@@ -181,6 +181,10 @@ def test_listing():
     assert global_bytes_per_thread(["LDG.E.128 R1", "STG.E R1", "LDGSTS.E.BYPASS.128 R1", "LDG.E.U16 R1"]) == 38
     assert count_local_accesses(LISTING) == 1
     assert [count_lookups(["LDS R1", "LDS.64 R2", "LDS.128 R4", "LDSM.16 R8"], size) for size in (4, 8)] == [1, 1]
+    outside = (
+        LISTING.replace("HMMA", "FFMA") + "        /*0990*/                   HMMA.16816.F32.BF16 R8, R4, R2, R8 ;\n"
+    )
+    assert len(read_main_loop(outside).instructions) == 13
     without_tensor = LISTING.replace("HMMA", "FFMA")
     assert family(read_main_loop(without_tensor).instructions[0]) == "LDG"
     without_loop = "\n".join(line for line in without_tensor.splitlines() if "BRA" not in line)

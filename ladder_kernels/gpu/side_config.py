@@ -58,7 +58,8 @@ def _depth(size: int) -> int:
 
 
 def qkv_config(sizes: SideSizes, *, store_normed: bool) -> KernelConfig:
-    """`_side_qkv_fwd_kernel`: 2 stages, because with 3 it spilled a register on sm_100 at a step of 32."""
+    """`_side_qkv_fwd_kernel`: at a step of 32 it spilled a register on sm_100 with 3 stages or 4 warps."""
+    step = _depth(sizes.side_dim)
     constants = {
         "S": sizes.side_dim,
         "HEADS": sizes.heads,
@@ -67,9 +68,9 @@ def qkv_config(sizes: SideSizes, *, store_normed: bool) -> KernelConfig:
         "STORE_NORMED": store_normed,
         "BLOCK_M": 64,
         "BLOCK_N": 32,
-        "BLOCK_K": _depth(sizes.side_dim),
+        "BLOCK_K": step,
     }
-    return KernelConfig(constants, 4, 2)
+    return KernelConfig(constants, 8 if step == 32 else 4, 2)
 
 
 def swiglu_config(sizes: SideSizes) -> KernelConfig:
