@@ -12,6 +12,8 @@ from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from ladder_kernels.gpu.spec import ARCHITECTURES, architecture
+
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
@@ -47,6 +49,11 @@ def uses_triton(*tensors: Tensor | None) -> bool:
         if tensor is not None and (not tensor.is_cuda or tensor.dtype == torch.float64):
             return False
     return _has_triton()
+
+
+def uses_triton_products(x: Tensor, *others: Tensor | None) -> bool:
+    """`uses_triton` for matrix products: Triton 3.7 multiplies without tensor cores on Turing, and spills."""
+    return uses_triton(x, *others) and architecture(x.device) >= ARCHITECTURES[0]
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager[object]:

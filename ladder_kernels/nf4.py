@@ -31,7 +31,7 @@ from ladder_kernels.checks import (
     check_no_gradient,
     check_shape,
 )
-from ladder_kernels.dispatch import runs_eagerly
+from ladder_kernels.dispatch import runs_eagerly, uses_triton
 from ladder_kernels.nf4_tensors import NF4_SCHEMA, NF4Tensors
 
 # Quantiles of the standard normal distribution, scaled to [-1, 1], with an exact zero.
@@ -183,7 +183,7 @@ def quantize_nf4(weight: Tensor, block_size: int = 64, double_quant: bool = True
     weight = weight.detach().contiguous()
     codebook = torch.tensor(NF4_CODES, dtype=torch.float32, device=weight.device)
     thresholds = (codebook[:-1] + codebook[1:]) / 2
-    kernels = _kernels(weight.device) if runs_eagerly(weight) else reference
+    kernels = _kernels(weight) if runs_eagerly(weight) else reference
     packed, absmax = kernels.quantize_nf4(weight, thresholds, block_size)
     shape = (weight.shape[0], weight.shape[1])
     if not double_quant:
@@ -197,16 +197,16 @@ def quantize_nf4(weight: Tensor, block_size: int = 64, double_quant: bool = True
 
 def dequantize_rows(nf4: NF4Tensors, first_row: int, out: Tensor) -> None:
     """Decode rows [first_row, first_row + P) into out [P, K], natively where that is possible. Nothing is checked."""
-    _kernels(out.device).dequantize_nf4(nf4, first_row, out)
+    _kernels(out).dequantize_nf4(nf4, first_row, out)
 
 
-def _kernels(device: torch.device) -> ModuleType:
-    """The module whose kernels run on a device: all have the functions of `reference`, `native` not quite all."""
-    if device.type == "cuda":
+def _kernels(weight: Tensor) -> ModuleType:
+    """The module whose kernels read or write a weight: `native` lacks `quantize_absmax`, else all have the same."""
+    if uses_triton(weight):
         from ladder_kernels.gpu import nf4
 
         return nf4
-    return native if device.type == "cpu" and native.available() else reference
+    return native if weight.is_cpu and native.available() else reference
 
 
 @torch.library.custom_op(

@@ -26,7 +26,7 @@ from ladder_kernels.checks import (
     check_scratch,
     check_shape,
 )
-from ladder_kernels.dispatch import runs_eagerly
+from ladder_kernels.dispatch import runs_eagerly, uses_triton
 from ladder_kernels.elementwise import swiglu_
 from ladder_kernels.launch import FEW_TOKENS, GpuLinearPlan, LinearPlan, linear_plan, wide_scratch
 from ladder_kernels.nf4 import NF4Weight, dequantize_rows
@@ -36,23 +36,19 @@ from ladder_kernels.workspace import Workspace
 _INSTEAD = "the NF4 backbone is frozen and runs forward only: call it under torch.no_grad()"
 
 
-def _plan(x: Tensor, rows: int, nf4: NF4Tensors) -> LinearPlan | GpuLinearPlan:
-    if x.is_cuda:
-        return _gpu_plan(x, rows, nf4, False)
+def _plan(x: Tensor, rows: int, nf4: NF4Tensors, half_precision: bool = False) -> LinearPlan | GpuLinearPlan:
+    if uses_triton(x):
+        from ladder_kernels.gpu import nf4_linear as gpu
+
+        return gpu.linear_plan_for(x, rows, nf4, half_precision=half_precision)
     *leading, cols = x.shape
     isa = native.isa() if x.is_cpu else None
     return linear_plan(math.prod(leading), rows, cols, nf4.block_size, x.dtype.itemsize, isa)
 
 
-def _gpu_plan(x: Tensor, rows: int, nf4: NF4Tensors, half_precision: bool) -> GpuLinearPlan:
-    from ladder_kernels.gpu import nf4_linear as gpu
-
-    return gpu.linear_plan_for(x, rows, nf4, half_precision=half_precision)
-
-
 def _any_plan_bytes(x: Tensor, rows: int, nf4: NF4Tensors) -> int:
     """Scratch that is enough whatever library the op will find: the compiler must not look for it."""
-    if x.is_cuda:
+    if uses_triton(x):
         return _plan(x, rows, nf4).scratch_bytes
     *leading, cols = x.shape
     size = (math.prod(leading), rows, cols, nf4.block_size, x.dtype.itemsize)
@@ -77,8 +73,8 @@ def _multiply(
         bias = None if bias is None else bias.contiguous()
         added = None if residual is None else residual.reshape(out.shape).contiguous()
         gpu.nf4_linear(flat.contiguous(), nf4, bias, added, plan, scratch, out, half_precision=half_precision)
-        return out if x.dim() == 2 else out.view(*x.shape[:-1], rows)
-    if plan.panel_rows is None:
+        residual = None
+    elif plan.panel_rows is None:
         native.nf4_linear(flat.contiguous(), None if bias is None else bias.contiguous(), nf4, scratch, out)
     elif plan.wide_tokens:
         _multiply_wide_panels(flat, bias, scratch, nf4, plan, out)
@@ -114,7 +110,9 @@ def _multiply_wide_panels(
         native.dequantize_nf4(nf4, begin, part, rounded_to=flat.dtype)
         for first in range(0, tokens, plan.wide_tokens):
             last = min(first + plan.wide_tokens, tokens)
-            x = wide_x[: (last - first) * cols].view(last - first, cols).copy_(flat[first:last])
+            x = wide_x[: (last - first) * cols].view(last - first, cols)
+            if begin == 0 or tokens > plan.wide_tokens:  # else it still holds all rows
+                x.copy_(flat[first:last])
             product = wide_out[: (last - first) * (end - begin)].view(last - first, end - begin)
             if wide_bias is None:
                 torch.mm(x, part.T, out=product)
@@ -194,7 +192,7 @@ def nf4_linear(
         scratch = workspace.take("nf4_linear", (_any_plan_bytes(x, rows, nf4),), torch.uint8, x.device)
         out = _nf4_linear(x, bias, rows, scratch, *nf4)
         return out if residual is None else out + residual
-    plan = _gpu_plan(x, rows, nf4, allow_fp16_sums) if x.is_cuda else _plan(x, rows, nf4)
+    plan = _plan(x, rows, nf4, allow_fp16_sums)
     scratch = workspace.take("nf4_linear", (plan.scratch_bytes,), torch.uint8, x.device)
     if not runs_eagerly(x, bias, residual, scratch, nf4.packed):
         out = _nf4_linear(x, bias, rows, scratch, *nf4)
@@ -227,7 +225,7 @@ def nf4_swiglu(
     if up_weight.shape != gate_weight.shape:
         raise ValueError(f"nf4_swiglu: expected up_weight of shape {gate_weight.shape}, got {up_weight.shape}")
     workspace = Workspace() if workspace is None else workspace
-    if x.is_cuda and runs_eagerly(x, gate_weight.packed, up_weight.packed):
+    if uses_triton(x) and runs_eagerly(x, gate_weight.packed, up_weight.packed):
         out = _fused_swiglu(x, gate_weight, up_weight, workspace, allow_fp16_sums)
         if out is not None:
             return out

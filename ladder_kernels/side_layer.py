@@ -25,7 +25,7 @@ from torch import Tensor
 from ladder_kernels import elementwise, reference
 from ladder_kernels.attention import attention
 from ladder_kernels.checks import COMPUTE_DTYPES, check_contiguous, check_device, check_dtype, check_shape
-from ladder_kernels.dispatch import runs_eagerly, without_autocast
+from ladder_kernels.dispatch import runs_eagerly, uses_triton_products, without_autocast
 
 _DTYPES = (*COMPUTE_DTYPES, torch.float64)
 
@@ -188,13 +188,12 @@ def _plain_backward(
 
 
 def _runs_triton(state: Tensor, *others: Tensor) -> bool:
-    """Where Triton has tensor cores to multiply with; elsewhere cuBLAS, through plain torch, is faster."""
+    """16-bit states only: Triton's fp32 products use no tensor cores, and cuBLAS, through plain torch, is faster."""
     return (
-        state.is_cuda
-        and state.dtype in (torch.float16, torch.bfloat16)
+        state.dtype.itemsize == 2
         and state.shape[0] > 0
+        and uses_triton_products(state, *others)
         and runs_eagerly(state, *others)
-        and torch.cuda.get_device_capability(state.device) >= (8, 0)
     )
 
 

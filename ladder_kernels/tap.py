@@ -19,8 +19,7 @@ from torch import Tensor
 
 from ladder_kernels import reference
 from ladder_kernels.checks import check_no_gradient, check_tap
-from ladder_kernels.dispatch import runs_eagerly, uses_triton, without_autocast
-from ladder_kernels.gpu.spec import ARCHITECTURES, architecture
+from ladder_kernels.dispatch import runs_eagerly, uses_triton_products, without_autocast
 from ladder_kernels.reference import INT8_GROUP
 
 _Kept = tuple[Tensor, Tensor | None, Tensor | None]
@@ -54,18 +53,13 @@ def _(
 
 
 def _compute_here(h: Tensor, weight: Tensor, state: Tensor | None, gate: Tensor | None, keep_int8: bool) -> _Kept:
-    if h.numel() > 0 and weight.numel() > 0 and _is_for_triton(h, weight):
+    if h.numel() > 0 and weight.numel() > 0 and uses_triton_products(h, weight):
         from ladder_kernels.gpu import tap as gpu
 
         return gpu.tap(h, weight, state, gate, keep_int8)
     with without_autocast(h.device):
         out = reference.tap(h, weight, state, gate)
         return out, *(reference.encode_hidden(h) if keep_int8 else (None, None))
-
-
-def _is_for_triton(h: Tensor, weight: Tensor) -> bool:
-    """Turing's tensor cores are cuBLAS's: Triton 3.7 multiplies without them there, and spills."""
-    return uses_triton(h, weight) and architecture(h.device) >= ARCHITECTURES[0]
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -84,7 +78,7 @@ def _backward(ctx: Any, dout: Tensor, *_: Any) -> tuple[Tensor | None, ...]:
     # Under create_graph, and where somebody traces this, it has to be made of torch's own ops.
     if (
         not is_empty
-        and _is_for_triton(dout, weight)
+        and uses_triton_products(dout, weight)
         and not torch.is_grad_enabled()
         and runs_eagerly(dout, kept, weight)
     ):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import pytest
 import torch
 from numerics import assert_same_bits
@@ -166,7 +169,11 @@ def test_specs_are_unique_and_complete():
 
 
 def test_dispatch(monkeypatch):
-    assert _kernels(torch.device("cuda")) is gpu_nf4
-    assert _kernels(torch.device("meta")) is reference
+    on_gpu: Any = SimpleNamespace(is_cuda=True, is_cpu=False, dtype=torch.bfloat16)
+    assert _kernels(on_gpu) is gpu_nf4
+    assert _kernels(torch.empty(0, device="meta")) is reference
     monkeypatch.setattr(native, "available", lambda: False)
-    assert _kernels(torch.device("cpu")) is reference
+    assert _kernels(torch.empty(0)) is reference
+    # Where Triton has no wheel, plain torch computes on the GPU.
+    monkeypatch.setattr("ladder_kernels.dispatch._has_triton", lambda: False)
+    assert _kernels(on_gpu) is reference

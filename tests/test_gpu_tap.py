@@ -32,7 +32,7 @@ def gpu_device() -> str:
 @pytest.fixture(autouse=True)
 def _through_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     # The package's attribute of that name is the function.
-    monkeypatch.setattr(sys.modules["ladder_kernels.tap"], "uses_triton", lambda *_: True)
+    monkeypatch.setattr(sys.modules["ladder_kernels.tap"], "uses_triton_products", lambda *_: True)
 
 
 def on(device: str, tensors: list[Tensor | None]) -> list[Tensor | None]:
