@@ -66,6 +66,21 @@ class SideLayerShape(NamedTuple):
     epsilon: float
 
 
+class SideLayerCall(NamedTuple):
+    """What one call of a side layer needs besides its state and weights.
+
+    Attributes:
+        cos, sin: [T, d] in the state's dtype, the rotary table of the rows.
+        offsets: int32 [documents + 1] or None, see `attention`.
+        shape: see `SideLayerShape`.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    offsets: Tensor | None
+    shape: SideLayerShape
+
+
 def side_layer(
     state: Tensor,
     weights: SideLayerWeights,
@@ -94,13 +109,14 @@ def side_layer(
     """
     heads, kv_heads = _check(state, weights, cos, sin, lengths, offsets)
     shape = SideLayerShape(heads, kv_heads, cos.shape[1], tuple(lengths), epsilon)
+    call = SideLayerCall(cos, sin, offsets, shape)
     needs_grad = torch.is_grad_enabled() and (state.requires_grad or any(w.requires_grad for w in weights))
     with without_autocast(state.device):
         if torch.compiler.is_compiling():
-            return _plain(state, weights, cos, sin, offsets, shape, reference)
+            return _plain(state, weights, call, reference)
         if needs_grad:
-            return _SideLayer.apply(state, *weights, cos, sin, offsets, shape)
-        return _forward(state, weights, cos, sin, offsets, shape, elementwise)
+            return _SideLayer.apply(state, *weights, *call)
+        return _forward(state, weights, call, elementwise)
 
 
 class _SideLayer(torch.autograd.Function):
@@ -111,53 +127,36 @@ class _SideLayer(torch.autograd.Function):
         *tensors, shape = inputs
         ctx.save_for_backward(state, *tensors)
         ctx.shape = shape
-        return _forward(state, SideLayerWeights(*tensors[:6]), *tensors[6:], shape, reference)
+        return _forward(state, SideLayerWeights(*tensors[:6]), SideLayerCall(*tensors[6:], shape), reference)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         state, *tensors = ctx.saved_tensors
-        weights, (cos, sin, offsets) = SideLayerWeights(*tensors[:6]), tensors[6:]
+        weights, call = SideLayerWeights(*tensors[:6]), SideLayerCall(*tensors[6:], ctx.shape)
         with without_autocast(dout.device):
             if _runs_triton(state, dout, *weights):
                 from ladder_kernels.gpu import side_layer as gpu  # Triton is not installed everywhere
 
-                gradients = gpu.side_layer_backward(dout, state, weights, cos, sin, offsets, ctx.shape)
+                gradients = gpu.side_layer_backward(dout, state, weights, call)
             else:
-                needs_grad = ctx.needs_input_grad[:7]
-                gradients = _plain_backward(dout, state, weights, cos, sin, offsets, ctx.shape, needs_grad)
+                gradients = _plain_backward(dout, state, weights, call, ctx.needs_input_grad[:7])
         return (*gradients, None, None, None, None)
 
 
-def _forward(
-    state: Tensor,
-    weights: SideLayerWeights,
-    cos: Tensor,
-    sin: Tensor,
-    offsets: Tensor | None,
-    shape: SideLayerShape,
-    operations: Any,
-) -> Tensor:
+def _forward(state: Tensor, weights: SideLayerWeights, call: SideLayerCall, operations: Any) -> Tensor:
     if _runs_triton(state, *weights):
         from ladder_kernels.gpu import side_layer as gpu  # Triton is not installed everywhere
 
-        return gpu.side_layer(state, weights, cos, sin, offsets, shape)
-    return _plain(state, weights, cos, sin, offsets, shape, operations)
+        return gpu.side_layer(state, weights, call)
+    return _plain(state, weights, call, operations)
 
 
-def _plain(
-    state: Tensor,
-    weights: SideLayerWeights,
-    cos: Tensor,
-    sin: Tensor,
-    offsets: Tensor | None,
-    shape: SideLayerShape,
-    operations: Any,
-) -> Tensor:
+def _plain(state: Tensor, weights: SideLayerWeights, call: SideLayerCall, operations: Any) -> Tensor:
     """The layer in plain torch. `operations` has rms_norm, rotary and swiglu: the module `reference`, whose bits do not
     depend on whether a gradient is wanted, or the faster `elementwise`."""
-    dtype = state.dtype
-    attention_norm, qkv, attention_out, mlp_norm, gate_up, mlp_out = (weight.to(dtype) for weight in weights)
+    cos, sin, offsets, shape = call
+    attention_norm, qkv, attention_out, mlp_norm, gate_up, mlp_out = (weight.to(state.dtype) for weight in weights)
     normed = operations.rms_norm(state, attention_norm, shape.epsilon)
     heads = F.linear(normed, qkv).unflatten(-1, (-1, shape.head_dim))
     query, key, value = heads.split((shape.heads, shape.kv_heads, shape.kv_heads), dim=1)
@@ -173,16 +172,13 @@ def _plain_backward(
     dout: Tensor,
     state: Tensor,
     weights: SideLayerWeights,
-    cos: Tensor,
-    sin: Tensor,
-    offsets: Tensor | None,
-    shape: SideLayerShape,
+    call: SideLayerCall,
     needs_grad: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of state and weights, None where not wanted, by autograd through the layer computed once more."""
     inputs = [t.detach().requires_grad_(needs) for t, needs in zip((state, *weights), needs_grad, strict=True)]
     with torch.enable_grad():
-        out = _plain(inputs[0], SideLayerWeights(*inputs[1:]), cos, sin, offsets, shape, reference)
+        out = _plain(inputs[0], SideLayerWeights(*inputs[1:]), call, reference)
     gradients = iter(torch.autograd.grad(out, [t for t in inputs if t.requires_grad], dout))
     return tuple(next(gradients) if needs else None for needs in needs_grad)
 

@@ -15,7 +15,7 @@ from ladder_kernels.gpu import side_config
 from ladder_kernels.gpu import side_layer as gpu
 from ladder_kernels.gpu.side_config import FUSED_SIDE_DIM, SideSizes
 from ladder_kernels.gpu.side_specs import specs
-from ladder_kernels.side_layer import SideLayerShape, _plain_backward
+from ladder_kernels.side_layer import SideLayerCall, SideLayerShape, _plain_backward
 
 pytestmark = pytest.mark.gpu
 
@@ -36,8 +36,8 @@ def gpu_device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def inputs(name: str, dtype: torch.dtype, device: str) -> tuple[list[Tensor], list[Tensor], SideLayerShape]:
-    """State and fp32 weights, the rotary tables, and the shape."""
+def inputs(name: str, dtype: torch.dtype, device: str) -> tuple[list[Tensor], SideLayerCall]:
+    """State and fp32 weights, and what goes with them."""
     (width, heads, kv_heads, head_dim, inner), lengths = SHAPES[name]
     tokens, mixed = sum(lengths), heads * head_dim
     matrices = [((heads + 2 * kv_heads) * head_dim, width), (width, mixed), (2 * inner, width), (width, inner)]
@@ -46,28 +46,29 @@ def inputs(name: str, dtype: torch.dtype, device: str) -> tuple[list[Tensor], li
     state = torch.randn(tokens, width).to(dtype)
     angles = torch.randn(tokens, head_dim // 2).repeat(1, 2)
     tensors = [state, norms[0], qkv, attention_out, norms[1], gate_up, mlp_out]
-    tables = [angles.cos().to(dtype), angles.sin().to(dtype)]
+    cos, sin = angles.cos().to(device, dtype), angles.sin().to(device, dtype)
     shape = SideLayerShape(heads, kv_heads, head_dim, lengths, 1e-6)
-    return [t.to(device) for t in tensors], [t.to(device) for t in tables], shape
+    return [t.to(device) for t in tensors], SideLayerCall(cos, sin, None, shape)
 
 
-def plain(tensors: list[Tensor], tables: list[Tensor], shape: SideLayerShape, dout: Tensor) -> list[Tensor]:
+def tables_to(call: SideLayerCall, target: str | torch.dtype) -> SideLayerCall:
+    return call._replace(cos=call.cos.to(target), sin=call.sin.to(target))
+
+
+def plain(tensors: list[Tensor], call: SideLayerCall, dout: Tensor) -> list[Tensor]:
     """Output and gradients in the dtype of the state, by plain torch on the CPU."""
     state, *weights = (t.cpu() for t in tensors)
-    cos, sin = (t.cpu() for t in tables)
-    given = (SideLayerWeights(*weights), cos, sin)
-    out = side_layer(state, *given, shape.lengths, shape.epsilon)
-    gradients = _plain_backward(dout.cpu(), state, *given, None, shape, [True] * 7)
+    given, call = SideLayerWeights(*weights), tables_to(call, "cpu")
+    out = side_layer(state, given, call.cos, call.sin, call.shape.lengths, call.shape.epsilon)
+    gradients = _plain_backward(dout.cpu(), state, given, call, [True] * 7)
     return [out, *gradients]
 
 
-def compare(
-    tensors: list[Tensor], tables: list[Tensor], shape: SideLayerShape, actual: list[Tensor], dout: Tensor
-) -> None:
+def compare(tensors: list[Tensor], call: SideLayerCall, actual: list[Tensor], dout: Tensor) -> None:
     dtype = tensors[0].dtype
     rounded = [t.to(dtype).double() for t in tensors]
-    truth = plain(rounded, [t.double() for t in tables], shape, dout.double())
-    same = plain(tensors, tables, shape, dout)
+    truth = plain(rounded, tables_to(call, torch.float64), dout.double())
+    same = plain(tensors, call, dout)
     for name, ours, expected, reference in zip(("out", *NAMES), actual, truth, same, strict=True):
         assert_close_to_truth(name, ours.cpu(), expected, reference)
 
@@ -75,29 +76,27 @@ def compare(
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", SHAPES)
 def test_forward_and_gradients(name: str, dtype: torch.dtype, gpu_device: str) -> None:
-    tensors, tables, shape = inputs(name, dtype, gpu_device)
+    tensors, call = inputs(name, dtype, gpu_device)
     assert (SHAPES[name][0][0] > FUSED_SIDE_DIM) == (name == "wide")
     state, weights = tensors[0], SideLayerWeights(*tensors[1:])
     dout = torch.randn(state.shape).to(state)
-    out = gpu.side_layer(state, weights, *tables, None, shape)
-    gradients = gpu.side_layer_backward(dout, state, weights, *tables, None, shape)
+    out = gpu.side_layer(state, weights, call)
+    gradients = gpu.side_layer_backward(dout, state, weights, call)
     assert out.dtype == gradients[0].dtype == dtype
     assert all(gradient.dtype == torch.float32 for gradient in gradients[1:])
-    compare(tensors, tables, shape, [out, *gradients], dout)
+    compare(tensors, call, [out, *gradients], dout)
 
 
 def test_weights_in_the_dtype_of_the_state_are_the_same_as_wider_ones_rounded(gpu_device: str) -> None:
-    tensors, tables, shape = inputs("tiny", torch.float16, gpu_device)
+    tensors, call = inputs("tiny", torch.float16, gpu_device)
     state, wide = tensors[0], SideLayerWeights(*tensors[1:])
     narrow = SideLayerWeights(*(weight.half() for weight in wide))
     dout = torch.randn(state.shape).to(state)
-    assert_same_bits(
-        "out", gpu.side_layer(state, narrow, *tables, None, shape), gpu.side_layer(state, wide, *tables, None, shape)
-    )
+    assert_same_bits("out", gpu.side_layer(state, narrow, call), gpu.side_layer(state, wide, call))
     for name, one, other in zip(
         NAMES,
-        gpu.side_layer_backward(dout, state, narrow, *tables, None, shape),
-        gpu.side_layer_backward(dout, state, wide, *tables, None, shape),
+        gpu.side_layer_backward(dout, state, narrow, call),
+        gpu.side_layer_backward(dout, state, wide, call),
         strict=True,
     ):
         assert_same_bits(name, one, other.half())
@@ -105,11 +104,13 @@ def test_weights_in_the_dtype_of_the_state_are_the_same_as_wider_ones_rounded(gp
 
 def test_public_op_launches_them(gpu_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules["ladder_kernels.side_layer"], "_runs_triton", lambda *tensors: True)
-    tensors, tables, shape = inputs("tiny", torch.float16, gpu_device)
+    tensors, call = inputs("tiny", torch.float16, gpu_device)
     dout = torch.randn_like(tensors[0])
-    expected = gpu.side_layer_backward(dout, tensors[0], SideLayerWeights(*tensors[1:]), *tables, None, shape)
+    expected = gpu.side_layer_backward(dout, tensors[0], SideLayerWeights(*tensors[1:]), call)
     leaves = [tensor.requires_grad_() for tensor in tensors]
-    side_layer(leaves[0], SideLayerWeights(*leaves[1:]), *tables, shape.lengths, shape.epsilon).backward(dout)
+    side_layer(
+        leaves[0], SideLayerWeights(*leaves[1:]), call.cos, call.sin, call.shape.lengths, call.shape.epsilon
+    ).backward(dout)
     for name, leaf, gradient in zip(NAMES, leaves, expected, strict=True):
         assert leaf.grad is not None
         assert_same_bits(name, leaf.grad, gradient)
@@ -119,12 +120,12 @@ def test_same_bits_every_time(gpu_device: str, monkeypatch: pytest.MonkeyPatch) 
     """In deterministic mode: flash attention's own backward adds atomically otherwise."""
     torch.use_deterministic_algorithms(True)
     try:
-        tensors, tables, shape = inputs("ragged", torch.float16, gpu_device)
+        tensors, call = inputs("ragged", torch.float16, gpu_device)
         state, weights = tensors[0], SideLayerWeights(*tensors[1:])
-        first = gpu.side_layer_backward(state, state, weights, *tables, None, shape)
+        first = gpu.side_layer_backward(state, state, weights, call)
         for _ in range(30 if gpu_device == "cuda" else 1):
             for name, one, other in zip(
-                NAMES, gpu.side_layer_backward(state, state, weights, *tables, None, shape), first, strict=True
+                NAMES, gpu.side_layer_backward(state, state, weights, call), first, strict=True
             ):
                 assert_same_bits(name, one, other)
     finally:

@@ -34,7 +34,7 @@ from ladder_kernels.gpu.side_forward import (
     _side_swiglu_fwd_kernel,
 )
 from ladder_kernels.gpu.side_weights import _side_cast_fwd_kernel, _side_weights_bwd_dw_kernel
-from ladder_kernels.side_layer import SideLayerShape, SideLayerWeights
+from ladder_kernels.side_layer import SideLayerCall, SideLayerWeights
 
 _ALIGNMENT = 64  # elements: every parameter of the rounded copy starts at a multiple of 128 bytes
 
@@ -44,20 +44,15 @@ class _Layer(NamedTuple):
 
     sizes: SideSizes
     weights: SideLayerWeights
-    cos: Tensor
-    sin: Tensor
-    offsets: Tensor | None
-    shape: SideLayerShape
+    call: SideLayerCall
     tokens: int
 
 
-def side_layer(
-    state: Tensor, weights: SideLayerWeights, cos: Tensor, sin: Tensor, offsets: Tensor | None, shape: SideLayerShape
-) -> Tensor:
+def side_layer(state: Tensor, weights: SideLayerWeights, call: SideLayerCall) -> Tensor:
     """The layer's output [T, S]; arguments as of `ladder_kernels.side_layer`, checked."""
-    layer = _layer(state, weights, cos, sin, offsets, shape)
+    layer = _layer(state, weights, call)
     heads, _ = _qkv(layer, state, store_normed=False)
-    mixed = attention(*_split(layer, heads), shape.lengths, offsets=offsets)
+    mixed = attention(*_split(layer, heads), call.shape.lengths, offsets=call.offsets)
     if layer.sizes.is_fused:
         return _mlp(layer, state, mixed)
     u = _linear(layer, mixed, layer.weights.attention_out, state)
@@ -65,21 +60,15 @@ def side_layer(
 
 
 def side_layer_backward(
-    dout: Tensor,
-    state: Tensor,
-    weights: SideLayerWeights,
-    cos: Tensor,
-    sin: Tensor,
-    offsets: Tensor | None,
-    shape: SideLayerShape,
+    dout: Tensor, state: Tensor, weights: SideLayerWeights, call: SideLayerCall
 ) -> tuple[Tensor, ...]:
     """Gradients of state, in its dtype, and of the six weights, in theirs."""
-    layer = _layer(state, weights, cos, sin, offsets, shape)
+    layer = _layer(state, weights, call)
     dout = dout.contiguous()
     heads, normed_s = _qkv(layer, state, store_normed=True)
     query, key, value = (t.detach().requires_grad_() for t in _split(layer, heads))
     with torch.enable_grad():
-        mixed = attention(query, key, value, shape.lengths, offsets=offsets)
+        mixed = attention(query, key, value, call.shape.lengths, offsets=call.offsets)
     u = _linear(layer, mixed.detach(), layer.weights.attention_out, state)
     normed_u, activation, dgate_up = _mlp_backward(layer, u, dout)
     du, mlp_partial = _mlp_dx(layer, dgate_up, u, dout)
@@ -89,13 +78,12 @@ def side_layer_backward(
     return dstate, *_weight_gradients(layer, weights, products, attention_partial, mlp_partial)
 
 
-def _layer(
-    state: Tensor, weights: SideLayerWeights, cos: Tensor, sin: Tensor, offsets: Tensor | None, shape: SideLayerShape
-) -> _Layer:
+def _layer(state: Tensor, weights: SideLayerWeights, call: SideLayerCall) -> _Layer:
+    shape = call.shape
     sizes = SideSizes(state.shape[1], shape.heads, shape.kv_heads, shape.head_dim, weights.mlp_out.shape[1])
     if weights.qkv.dtype != state.dtype:
         weights = _cast(weights, state.dtype, sizes)
-    return _Layer(sizes, weights, cos, sin, offsets, shape, state.shape[0])
+    return _Layer(sizes, weights, call, state.shape[0])
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], chosen: KernelConfig, *arguments: Any) -> None:
@@ -137,8 +125,8 @@ def _qkv(layer: _Layer, state: Tensor, *, store_normed: bool) -> tuple[Tensor, T
     blocks_n = _blocks(sizes.qkv // 2, chosen.constants["BLOCK_N"])
     grid = (_blocks(layer.tokens, chosen.constants["BLOCK_M"]), blocks_n)
     weights = layer.weights
-    tensors = (state, weights.attention_norm, weights.qkv, layer.cos, layer.sin, heads, normed)
-    _launch(_side_qkv_fwd_kernel, grid, chosen, *tensors, layer.tokens, layer.shape.epsilon)
+    tensors = (state, weights.attention_norm, weights.qkv, layer.call.cos, layer.call.sin, heads, normed)
+    _launch(_side_qkv_fwd_kernel, grid, chosen, *tensors, layer.tokens, layer.call.shape.epsilon)
     return heads, normed
 
 
@@ -149,7 +137,7 @@ def _mlp(layer: _Layer, state: Tensor, mixed: Tensor) -> Tensor:
     weights = layer.weights
     tensors = (state, mixed, weights.attention_out, weights.mlp_norm, weights.gate_up, weights.mlp_out, out)
     grid = (_blocks(layer.tokens, chosen.constants["BLOCK_M"]),)
-    _launch(_side_mlp_fwd_kernel, grid, chosen, *tensors, layer.tokens, layer.shape.epsilon)
+    _launch(_side_mlp_fwd_kernel, grid, chosen, *tensors, layer.tokens, layer.call.shape.epsilon)
     return out
 
 
@@ -170,7 +158,7 @@ def _swiglu(layer: _Layer, u: Tensor) -> Tensor:
     blocks_n = _blocks(layer.sizes.inner, chosen.constants["BLOCK_N"])
     grid = (_blocks(layer.tokens, chosen.constants["BLOCK_M"]), blocks_n)
     tensors = (u, layer.weights.mlp_norm, layer.weights.gate_up, activation)
-    _launch(_side_swiglu_fwd_kernel, grid, chosen, *tensors, layer.tokens, layer.shape.epsilon)
+    _launch(_side_swiglu_fwd_kernel, grid, chosen, *tensors, layer.tokens, layer.call.shape.epsilon)
     return activation
 
 
@@ -183,7 +171,7 @@ def _mlp_backward(layer: _Layer, u: Tensor, dout: Tensor) -> tuple[Tensor, Tenso
     weights = layer.weights
     tensors = (u, weights.mlp_norm, weights.gate_up, weights.mlp_out, dout, normed, activation, dgate_up)
     grid = (_blocks(layer.tokens, chosen.constants["BLOCK_M"]), _blocks(inner, chosen.constants["BLOCK_N"]))
-    _launch(_side_mlp_bwd_kernel, grid, chosen, *tensors, layer.tokens, layer.shape.epsilon)
+    _launch(_side_mlp_bwd_kernel, grid, chosen, *tensors, layer.tokens, layer.call.shape.epsilon)
     return normed, activation, dgate_up
 
 
@@ -196,7 +184,7 @@ def _mlp_dx(layer: _Layer, dgate_up: Tensor, u: Tensor, dout: Tensor) -> tuple[T
     blocks = _blocks(layer.tokens, chosen.constants["BLOCK_M"])
     du, partial = torch.empty_like(u), u.new_empty(blocks, layer.sizes.side_dim, dtype=torch.float32)
     tensors = (dgate_up, weights.gate_up, u, weights.mlp_norm, dout, du, partial)
-    _launch(_side_mlp_bwd_dx_kernel, (blocks,), chosen, *tensors, layer.tokens, layer.shape.epsilon)
+    _launch(_side_mlp_bwd_dx_kernel, (blocks,), chosen, *tensors, layer.tokens, layer.call.shape.epsilon)
     return du, partial
 
 
@@ -208,13 +196,24 @@ def _qkv_dx(layer: _Layer, dheads: tuple[Tensor, ...], state: Tensor, du: Tensor
         chosen = config.rotary_config(sizes)
         blocks_n = _blocks(sizes.qkv // 2, chosen.constants["BLOCK_N"])
         grid = (_blocks(layer.tokens, chosen.constants["BLOCK_M"]), blocks_n)
-        _launch(_side_rotary_bwd_kernel, grid, chosen, *dheads, layer.cos, layer.sin, dqkv, layer.tokens)
+        _launch(_side_rotary_bwd_kernel, grid, chosen, *dheads, layer.call.cos, layer.call.sin, dqkv, layer.tokens)
         return dqkv, *_norm_dx(layer, dqkv @ weights.qkv, state, weights.attention_norm, du)
     chosen = config.qkv_dx_config(sizes)
     blocks = _blocks(layer.tokens, chosen.constants["BLOCK_M"])
     dstate, partial = torch.empty_like(state), state.new_empty(blocks, sizes.side_dim, dtype=torch.float32)
-    tensors = (*dheads, layer.cos, layer.sin, weights.qkv, state, weights.attention_norm, du, dqkv, dstate, partial)
-    _launch(_side_qkv_bwd_dx_kernel, (blocks,), chosen, *tensors, layer.tokens, layer.shape.epsilon)
+    tensors = (
+        *dheads,
+        layer.call.cos,
+        layer.call.sin,
+        weights.qkv,
+        state,
+        weights.attention_norm,
+        du,
+        dqkv,
+        dstate,
+        partial,
+    )
+    _launch(_side_qkv_bwd_dx_kernel, (blocks,), chosen, *tensors, layer.tokens, layer.call.shape.epsilon)
     return dqkv, dstate, partial
 
 
@@ -224,7 +223,7 @@ def _norm_dx(layer: _Layer, dnormed: Tensor, x: Tensor, norm: Tensor, residual: 
     blocks = _blocks(layer.tokens, chosen.constants["BLOCK_M"] * chosen.constants["BLOCKS"])
     dx, partial = torch.empty_like(x), x.new_empty(blocks, layer.sizes.side_dim, dtype=torch.float32)
     tensors = (dnormed, x, norm, residual, dx, partial)
-    _launch(_side_norm_bwd_dx_kernel, (blocks,), chosen, *tensors, layer.tokens, layer.shape.epsilon)
+    _launch(_side_norm_bwd_dx_kernel, (blocks,), chosen, *tensors, layer.tokens, layer.call.shape.epsilon)
     return dx, partial
 
 
