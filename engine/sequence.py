@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate
 
 import torch
@@ -28,15 +29,12 @@ class SequenceLayout:
         lengths: rows per document, in order; they sum to T. Host integers, so that no device is waited for.
         padding: bool [B, kv_len], True where cached or new key columns hold real tokens; None without a cache. With a
             cache the rows are the flattened [B, q_len] block of new columns, padding included.
-        is_padded: whether some of these columns may hold none.
     """
 
     positions: Tensor
     lengths: tuple[int, ...]
     padding: Tensor | None = None
-    is_padded: bool = True
     _masks: dict[int | None, Tensor] = field(default_factory=dict, repr=False, compare=False)
-    _offsets: list[Tensor] = field(default_factory=list, repr=False, compare=False)
 
     @classmethod
     def packed(cls, lengths: Sequence[int], device: torch.device | str = "cpu") -> SequenceLayout:
@@ -52,10 +50,14 @@ class SequenceLayout:
         """
         padding = padding.bool()
         columns = (padding.long().cumsum(-1) - 1).clamp_min(0)
-        is_padded = not bool(padding.all())  # on a GPU one wait a pass, beside those of sampling
-        return cls(columns[:, -query_length:].reshape(-1), (query_length,) * len(padding), padding, is_padded)
+        return cls(columns[:, -query_length:].reshape(-1), (query_length,) * len(padding), padding)
 
-    @property
+    @cached_property
+    def is_padded(self) -> bool:
+        """Whether some of the columns hold no token; on a GPU one wait a pass, beside those of sampling."""
+        return self.padding is not None and not bool(self.padding.all())
+
+    @cached_property
     def offsets(self) -> Tensor | None:
         """int32 [documents + 1] on the rows' GPU, where each document begins and the last one ends; None on a CPU.
 
@@ -64,10 +66,8 @@ class SequenceLayout:
         device = self.positions.device
         if device.type != "cuda":
             return None
-        if not self._offsets:
-            offsets = torch.tensor((0, *accumulate(self.lengths)), dtype=torch.int32, pin_memory=True)
-            self._offsets.append(offsets.to(device, non_blocking=True))
-        return self._offsets[0]
+        offsets = torch.tensor((0, *accumulate(self.lengths)), dtype=torch.int32, pin_memory=True)
+        return offsets.to(device, non_blocking=True)
 
     def mask(self, window: int | None) -> Tensor | None:
         """bool [B, 1, q_len, kv_len] for cached attention, True where a query may look; built once per window.
@@ -143,6 +143,12 @@ def _cached_attention(
     is_causal, is_grouped = mask is None and length > 1, query.shape[1] != key.shape[1]
     out = F.scaled_dot_product_attention(query, key, value, mask, is_causal=is_causal, enable_gqa=is_grouped)
     return out.transpose(1, 2).flatten(0, 1).flatten(1)
+
+
+def inverse_frequencies(theta: float, head_dim: int, device: torch.device) -> Tensor:
+    """theta^(-2 i / d), fp32 [d / 2]: what plain rotary embeddings of heads of size d turn by per position."""
+    exponents = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32)
+    return theta ** (-exponents / head_dim)
 
 
 def rotary_table(
