@@ -36,23 +36,13 @@ def _swiglu_arguments(case: Case, context: Context) -> list[Tensor | float]:
     return [*_random(case, context, size, size)]
 
 
-def _ours(
-    operation: Operation, arguments: Callable[[Case, Context], list[Tensor | float]]
+def _implementation(
+    operation: Operation, arguments: Callable[[Case, Context], list[Tensor | float]], *, is_ours: bool
 ) -> Callable[[Case, Context], Runnable]:
     def build(case: Case, context: Context) -> Runnable:
         values = arguments(case, context)
-        call = torch.no_grad()(lambda: operation(*values))
-        return Runnable(call, kernels=kernels_path(context.device))
-
-    return build
-
-
-def _torch(
-    operation: Operation, arguments: Callable[[Case, Context], list[Tensor | float]]
-) -> Callable[[Case, Context], Runnable]:
-    def build(case: Case, context: Context) -> Runnable:
-        values = arguments(case, context)
-        return Runnable(torch.no_grad()(lambda: operation(*values)))
+        kernels = kernels_path(context.device) if is_ours else ""
+        return Runnable(torch.no_grad()(lambda: operation(*values)), kernels=kernels)
 
     return build
 
@@ -93,8 +83,8 @@ def _benchmark(
         cases=tuple(real),
         toy=toy,
         implementations=(
-            Implementation("ladder_kernels", _ours(ours, arguments), "ours"),
-            Implementation("torch", _torch(plain, arguments)),
+            Implementation("ladder_kernels", _implementation(ours, arguments, is_ours=True), "ours"),
+            Implementation("torch", _implementation(plain, arguments, is_ours=False)),
             Implementation("copy", _copy, "bound"),
         ),
         seconds=1.0,

@@ -18,7 +18,7 @@ from benchmarks.shapes import model_shape
 from benchmarks.train_step import REDUCTION_FACTOR
 from engine.backbone.families import backbone_config
 from engine.config import SideDims, side_dims
-from engine.sequence import SequenceLayout, rotary_table
+from engine.sequence import SequenceLayout, inverse_frequencies, rotary_table
 from engine.side_network import SideLayer
 from ladder_kernels import reference
 
@@ -41,11 +41,10 @@ def _side_layer(case: Case, context: Context) -> SideLayer:
 
 
 def _tables(case: Case, context: Context) -> tuple[Tensor, Tensor]:
-    size = _dims(case.model).head_dim
-    exponents = torch.arange(0, size, 2, device=context.device, dtype=torch.float32) / size
+    frequencies = inverse_frequencies(1e6, _dims(case.model).head_dim, context.device)
     positions = torch.arange(case.sizes["tokens"], device=context.device)
     assert case.dtype is not None
-    return rotary_table(positions, 1e6**-exponents, case.dtype)
+    return rotary_table(positions, frequencies, case.dtype)
 
 
 def _plain(layer: SideLayer, cos: Tensor, sin: Tensor) -> Layer:

@@ -22,7 +22,7 @@ from transformers import DynamicCache
 
 from engine.config import BackboneShape, LadderConfig, SideDims, side_dims
 from engine.connections import connections
-from engine.sequence import SequenceLayout, attention, rotary_table
+from engine.sequence import SequenceLayout, attention, inverse_frequencies, rotary_table
 from ladder_kernels import SideLayerWeights, rms_norm, rotary, side_layer, swiglu, tap
 
 
@@ -237,6 +237,5 @@ class SideNetwork(nn.Module):
         return hidden + (1 - self.mix_alpha) * (widened - hidden)
 
     def _rotary(self, layout: SequenceLayout, state: Tensor) -> tuple[Tensor, Tensor]:
-        exponents = torch.arange(0, self.dims.head_dim, 2, device=state.device, dtype=torch.float32)
-        frequencies = self.rope_theta ** (-exponents / self.dims.head_dim)
+        frequencies = inverse_frequencies(self.rope_theta, self.dims.head_dim, state.device)
         return rotary_table(layout.positions, frequencies, state.dtype)
