@@ -68,6 +68,12 @@ def _poisoned_memory(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
 
 
+@pytest.fixture
+def gpu_device() -> torch.device:
+    """The GPU, or the CPU, which is where Triton's interpreter takes its tensors from."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
 def require_native() -> None:
     """Skip, or fail under LADDER_REQUIRE_NATIVE=1, where the native library is absent."""
     status = native.status()

@@ -13,6 +13,10 @@ FACTOR = 2.0
 # A few units in the last place of a value of size 1.
 ATOL = {torch.float64: 1e-14, torch.float32: 1e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
+# What Triton kernels are tested in: its interpreter multiplies bf16 wrongly, without a word.
+TRITON_HALF_DTYPES = [torch.float16, *([torch.bfloat16] if torch.cuda.is_available() else [])]
+TRITON_DTYPES = [torch.float32, *TRITON_HALF_DTYPES]
+
 
 def assert_close_to_truth(name: str, actual: Tensor, truth: Tensor, same_dtype_reference: Tensor) -> None:
     """Largest error of `actual` <= 2 x the largest error of plain torch in the same dtype + atol * largest value.

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from numerics import assert_close_to_truth, assert_same_bits
+from numerics import TRITON_DTYPES, assert_close_to_truth, assert_same_bits
 from test_linear_cross_entropy import inputs, plain
 from torch import Tensor
 
@@ -19,14 +19,8 @@ gpu = pytest.importorskip("ladder_kernels.gpu.cross_entropy")
 pytestmark = pytest.mark.gpu
 
 # Arithmetic in bf16 is wrong in the interpreter.
-DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if torch.cuda.is_available() else [])]
 # (R, V): aligned, ragged, tiny, one word, several passes of the loop with a ragged end
 SHAPES = [(4, 512), (5, 37), (1, 1), (3, 2), (2, 9001)]
-
-
-@pytest.fixture
-def gpu_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +36,7 @@ def losses_of(logits: Tensor, targets: Tensor, need_grad: bool = True) -> Tensor
 
 
 @pytest.mark.parametrize("spread", [1.0, 30.0, 200.0])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_softmax(gpu_device, shape, dtype, spread):
     logits = (torch.randn(shape, device=gpu_device) * spread).to(dtype)
@@ -76,7 +70,7 @@ def test_writes_its_rows_only(gpu_device):
 @pytest.mark.filterwarnings(
     "ignore:(invalid value|divide by zero|overflow) encountered"
 )  # numpy, under the interpreter
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
 def test_what_is_not_finite(gpu_device, dtype):
     """As the reference: NaN, inf and a row of nothing but -inf spoil their row; single -inf are words ruled out."""
     logits = torch.randn(6, 1100, device=gpu_device).to(dtype)
@@ -98,7 +92,7 @@ def test_a_target_outside_of_the_vocabulary_makes_its_loss_nan(gpu_device, wrong
     assert losses.isnan().tolist() == [False, True, False]
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
 def test_loss_and_gradient_of_a_frozen_head(gpu_device, dtype):
     hidden, head_weight, targets = (
         tensor.detach().to(gpu_device) for tensor in inputs((11, 24, 101), dtype, ignored=2)

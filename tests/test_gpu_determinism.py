@@ -31,11 +31,6 @@ SMALL = ModelShape("qwen2", 64, 128, 4, 2, 1, 32, 256, True, 512, 1e-6, 1e4)
 LARGE = ModelShape("qwen2", 512, 1408, 8, 8, 2, 64, 8192, True, 4096, 1e-6, 1e4)
 
 
-@pytest.fixture
-def gpu_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 @pytest.fixture(autouse=True)
 def _deterministic() -> Iterator[None]:
     was_enabled = torch.are_deterministic_algorithms_enabled()

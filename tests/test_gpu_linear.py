@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 import torch.nn.functional as F
-from numerics import assert_close_to_truth, assert_same_bits
+from numerics import TRITON_DTYPES, TRITON_HALF_DTYPES, assert_close_to_truth, assert_same_bits
 from torch import Tensor
 
 from ladder_kernels import NF4Weight, dequantize_nf4, nf4_linear, nf4_swiglu, quantize_nf4, reference
@@ -17,14 +17,8 @@ from ladder_kernels.launch import GemmConfig, GpuLinearPlan, gemm_config, gpu_li
 
 pytestmark = pytest.mark.gpu
 
-DTYPES = [torch.float16, torch.bfloat16] if torch.cuda.is_available() else [torch.float16]
 # (tokens, K, N): aligned, ragged, tiny; one for each configuration, which 1, 32, 64 and 128 tokens lead to.
 SHAPES = [(16, 128, 64), (5, 192, 70), (1, 64, 1), (23, 192, 70), (64, 128, 128), (33, 192, 130), (130, 192, 131)]
-
-
-@pytest.fixture
-def gpu_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def weight_of(rows: int, cols: int, device: str, block_size: int = 64, double_quant: bool = True) -> NF4Weight:
@@ -63,7 +57,7 @@ def split_plan(tokens: int, rows: int, cols: int, splits: int) -> GpuLinearPlan:
     return GpuLinearPlan(config, splits, cols_per_split, 0, 4 * splits * tokens * rows if splits > 1 else 0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", TRITON_HALF_DTYPES, ids=str)
 @pytest.mark.parametrize("tokens", [16, 128], ids=["nibbles", "bytes"])
 @pytest.mark.parametrize("double_quant", [False, True], ids=["plain", "nested"])
 def test_every_byte_decodes_exactly(gpu_device, double_quant, tokens, dtype):
@@ -84,7 +78,7 @@ def test_every_byte_decodes_exactly(gpu_device, double_quant, tokens, dtype):
         assert_same_bits("W^T", out, expected[:, begin : begin + tokens].T.contiguous() + 0.0)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", TRITON_HALF_DTYPES, ids=str)
 @pytest.mark.parametrize("double_quant", [False, True], ids=["plain", "nested"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_close_to_truth(gpu_device, shape, double_quant, dtype):
@@ -109,7 +103,7 @@ def test_blocks_that_span_groups_and_rows(gpu_device, block_size):
     assert_equals_dense(x, weight_of(50, 192, gpu_device, block_size), None)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", TRITON_HALF_DTYPES, ids=str)
 @pytest.mark.parametrize(("tokens", "splits"), [(3, 2), (20, 3), (1, 16)])
 def test_split_columns(gpu_device, tokens, splits, dtype):
     """Partial sums, ragged in tokens, rows and columns; the epilogue moves to the kernel that adds them."""
@@ -138,7 +132,7 @@ def test_residual_is_added_to_the_rounded_product_and_may_be_the_result(gpu_devi
     assert_same_bits("in place", residual, expected)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", TRITON_HALF_DTYPES, ids=str)
 @pytest.mark.parametrize("double_quant", [False, True], ids=["plain", "nested"])
 @pytest.mark.parametrize(
     ("shape", "sm_count"),
@@ -169,7 +163,7 @@ def test_half_precision_sums_hold_a_tile_only(gpu_device, tokens):
     assert float((run(x, weight, half_precision=True).float() - full.float()).abs().max()) < 0.1
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, *DTYPES], ids=str)
+@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
 @pytest.mark.parametrize("panel_rows", [1, 7, 32, 70, 100])
 def test_panels(gpu_device, panel_rows, dtype):
     tokens, rows, cols = 6, 70, 96

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from numerics import assert_same_bits
+from numerics import TRITON_DTYPES, assert_same_bits
 from torch import Tensor
 
 from ladder_kernels import native, quantize_nf4, reference
@@ -22,13 +22,7 @@ pytestmark = [
 ]
 
 # Triton's interpreter rounds to bf16 wrongly; it does read it.
-DTYPES = [torch.float32, torch.float16] + ([torch.bfloat16] if torch.cuda.is_available() else [])
 THRESHOLDS = (torch.tensor(NF4_CODES)[:-1] + torch.tensor(NF4_CODES)[1:]) / 2
-
-
-@pytest.fixture
-def gpu_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def on(device: str, nf4: NF4Tensors) -> NF4Tensors:
@@ -55,7 +49,7 @@ def assert_encodes(weight: Tensor, device: str, block_size: int = 64) -> None:
 
 
 @pytest.mark.parametrize("double_quant", [False, True], ids=["plain", "nested"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
 @pytest.mark.parametrize("shape", [(64, 384), (131, 200), (37, 67), (3, 1), (1, 8)], ids=str)
 def test_decode(gpu_device, dtype, double_quant, shape):
     nf4 = quantize_nf4(torch.randn(shape) * torch.rand(shape[0], 1), double_quant=double_quant).tensors
@@ -75,7 +69,7 @@ def test_decode_past_the_first_group_of_nested_scales(gpu_device):
     assert_decodes(nf4, gpu_device, torch.float32, 200, (320, 64))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
 def test_decode_every_byte(gpu_device, dtype):
     packed = torch.arange(256, dtype=torch.uint8)
     for scale in (1.0, 0.0, 3.3e-7, 1e5, -2.7, float("inf"), float("nan")):

@@ -31,12 +31,7 @@ SHAPES = {
 NAMES = ("state", *SideLayerWeights._fields)
 
 
-@pytest.fixture
-def gpu_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def inputs(name: str, dtype: torch.dtype, device: str) -> tuple[list[Tensor], SideLayerCall]:
+def inputs(name: str, dtype: torch.dtype, device: torch.device) -> tuple[list[Tensor], SideLayerCall]:
     """State and fp32 weights, and what goes with them."""
     (width, heads, kv_heads, head_dim, inner), lengths = SHAPES[name]
     tokens, mixed = sum(lengths), heads * head_dim
@@ -75,7 +70,7 @@ def compare(tensors: list[Tensor], call: SideLayerCall, actual: list[Tensor], do
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", SHAPES)
-def test_forward_and_gradients(name: str, dtype: torch.dtype, gpu_device: str) -> None:
+def test_forward_and_gradients(name: str, dtype: torch.dtype, gpu_device: torch.device) -> None:
     tensors, call = inputs(name, dtype, gpu_device)
     assert (SHAPES[name][0][0] > FUSED_SIDE_DIM) == (name == "wide")
     state, weights = tensors[0], SideLayerWeights(*tensors[1:])
@@ -87,7 +82,7 @@ def test_forward_and_gradients(name: str, dtype: torch.dtype, gpu_device: str) -
     compare(tensors, call, [out, *gradients], dout)
 
 
-def test_weights_in_the_dtype_of_the_state_are_the_same_as_wider_ones_rounded(gpu_device: str) -> None:
+def test_weights_in_the_dtype_of_the_state_are_the_same_as_wider_ones_rounded(gpu_device: torch.device) -> None:
     tensors, call = inputs("tiny", torch.float16, gpu_device)
     state, wide = tensors[0], SideLayerWeights(*tensors[1:])
     narrow = SideLayerWeights(*(weight.half() for weight in wide))
@@ -102,7 +97,7 @@ def test_weights_in_the_dtype_of_the_state_are_the_same_as_wider_ones_rounded(gp
         assert_same_bits(name, one, other.half())
 
 
-def test_public_op_launches_them(gpu_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_public_op_launches_them(gpu_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules["ladder_kernels.side_layer"], "_runs_triton", lambda *tensors: True)
     tensors, call = inputs("tiny", torch.float16, gpu_device)
     dout = torch.randn_like(tensors[0])
@@ -116,7 +111,7 @@ def test_public_op_launches_them(gpu_device: str, monkeypatch: pytest.MonkeyPatc
         assert_same_bits(name, leaf.grad, gradient)
 
 
-def test_same_bits_every_time(gpu_device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_same_bits_every_time(gpu_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     """In deterministic mode: flash attention's own backward adds atomically otherwise."""
     torch.use_deterministic_algorithms(True)
     try:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from numerics import assert_close_to_truth, assert_same_bits
+from numerics import TRITON_DTYPES, assert_close_to_truth, assert_same_bits
 from test_tap import MERGES, copied, inputs, plain
 from torch import Tensor
 
@@ -19,14 +19,8 @@ tiles = pytest.importorskip("ladder_kernels.gpu.tap_tiles")
 pytestmark = [pytest.mark.gpu, pytest.mark.filterwarnings("ignore:divide by zero")]  # numpy, in the interpreter
 
 # Arithmetic in bf16 is wrong in the interpreter.
-DTYPES = [torch.float32, torch.float16, *([torch.bfloat16] if torch.cuda.is_available() else [])]
 # (T, D, S): aligned; ragged in every tile; tiny; few tokens in one ragged tile; more side outputs than one tile
 SHAPES = [(64, 128, 64), (71, 139, 13), (1, 1, 1), (17, 200, 33), (40, 64, 130)]
-
-
-@pytest.fixture
-def gpu_device() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +58,7 @@ def check(ours: list[Tensor | None], keep: str) -> None:
 
 @pytest.mark.parametrize("keep", ["input", "int8"])
 @pytest.mark.parametrize("weight_dtype", ["same", "fp32"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_forward_and_gradients(gpu_device, shape, dtype, weight_dtype, keep):
     ours = inputs(shape, "gate", dtype, dtype if weight_dtype == "same" else torch.float32)
@@ -78,7 +72,7 @@ def test_merges(gpu_device, merge, keep):
 
 
 @pytest.mark.parametrize("keep", ["input", "int8"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
 @pytest.mark.parametrize("merge", ["sum", "gate"])
 def test_tokens_in_parts_and_in_tall_tiles(gpu_device, monkeypatch, merge, dtype, keep):
     """Parts that end inside a tile, and the tile of many tokens with one that is not full."""
@@ -103,7 +97,7 @@ def test_only_what_is_needed(gpu_device, trained):
             assert_same_bits(name, tensor.grad, other.grad)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", TRITON_DTYPES, ids=str)
 def test_the_int8_copy_is_the_reference_to_the_bit(gpu_device, dtype):
     h = (torch.randn(70, 139, device=gpu_device) * 10).to(dtype)
     h[:, ::7] *= 100
