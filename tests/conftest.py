@@ -74,6 +74,15 @@ def gpu_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For toy problems: a second thread only waits for the first."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def require_native() -> None:
     """Skip, or fail under LADDER_REQUIRE_NATIVE=1, where the native library is absent."""
     status = native.status()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,21 +25,14 @@ from benchmarks.shapes import SHAPES, model_shape, random_nf4_weight, write_rand
 from engine.sequence import SequenceLayout
 from ladder_kernels import dequantize_nf4
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 REPOSITORY = Path(__file__).resolve().parent.parent
 ENTRIES = [
     pytest.param(benchmark, implementation, id=f"{benchmark.name}-{implementation.name}")
     for benchmark in load_benchmarks().values()
     for implementation in benchmark.implementations
 ]
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Toy problems: a second thread only waits for the first."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,8 @@ from engine.options import TrainOptions, read_options_file, with_values
 from engine.quickstart import defaults
 from engine.summary import PeakMemory, StepClock
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PAIRS = [{"prompt": f"{i} plus {j} is ", "completion": str(i + j)} for i in range(6) for j in range(4)]
 SUMMARY_KEYS = [
     "heldout_loss_before",
@@ -32,15 +33,6 @@ SUMMARY_KEYS = [
     "preset",
     "device",
 ]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Matrices this small only lose time to a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +15,11 @@ from engine import LadderArguments, LadderConfig, LadderForCausalLM, LadderTrain
 from engine.collator import Collator
 from engine.data import TokenizedDataset, prepare_dataset
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 PAIRS = [{"prompt": f"{i} plus {j} is ", "completion": str(i + j)} for i in range(6) for j in range(4)]
 RAGGED = [{"prompt": "q" * (1 + i % 5), "completion": "ab" * (1 + (7 * i) % 11)} for i in range(24)]
 CONFIG = LadderConfig.preset("xladder", reduction_factor=2)
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Matrices this small only lose time to a second thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
