@@ -20,7 +20,7 @@ from engine.backbone.families import backbone_config
 from engine.config import SideDims, side_dims
 from engine.sequence import SequenceLayout, inverse_frequencies, rotary_table
 from engine.side_network import SideLayer
-from ladder_kernels import reference
+from ladder_kernels.side_layer import SideLayerCall, SideLayerShape, plain_side_layer
 
 Layer = Callable[[Tensor], Tensor]
 _EPSILON = 1e-6
@@ -48,25 +48,18 @@ def _tables(case: Case, context: Context) -> tuple[Tensor, Tensor]:
 
 
 def _plain(layer: SideLayer, cos: Tensor, sin: Tensor) -> Layer:
-    """The formula of `SideLayer` on one document, in plain torch operations."""
-    dims, eps = layer.dims, layer.eps
+    """The layer on one document in plain torch operations, every activation kept by autograd."""
+    dims = layer.dims
+    shape = SideLayerShape(dims.num_heads, dims.num_kv_heads, dims.head_dim, (cos.shape[0],), layer.eps)
+    call = SideLayerCall(cos, sin, None, shape, _causal_attention)
+    return lambda state: plain_side_layer(state, layer.weights(), call)
 
-    def forward(state: Tensor) -> Tensor:
-        dtype, tokens = state.dtype, state.shape[0]
-        normed = reference.rms_norm(state, layer.attention_norm.to(dtype), eps)
-        heads = F.linear(normed, layer.qkv.to(dtype)).view(tokens, -1, dims.head_dim)
-        query, key, value = heads.split((dims.num_heads, dims.num_kv_heads, dims.num_kv_heads), dim=1)
-        query, key = reference.rotary(query, cos, sin), reference.rotary(key, cos, sin)
-        query, key, value = (part.transpose(0, 1)[None] for part in (query, key, value))
-        grouped = dims.num_heads != dims.num_kv_heads
-        mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=grouped)
-        mixed = mixed[0].transpose(0, 1).reshape(tokens, -1)
-        state = state + F.linear(mixed, layer.attention_out.to(dtype))
-        normed = reference.rms_norm(state, layer.mlp_norm.to(dtype), eps)
-        gate, up = F.linear(normed, layer.gate_up.to(dtype)).chunk(2, dim=-1)
-        return state + F.linear(reference.swiglu(gate, up), layer.mlp_out.to(dtype))
 
-    return forward
+def _causal_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    is_grouped = query.shape[1] != key.shape[1]
+    query, key, value = (part.transpose(0, 1)[None] for part in (query, key, value))
+    mixed = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=is_grouped)
+    return mixed[0].transpose(0, 1).flatten(1)
 
 
 def _step(layer: SideLayer, forward: Layer, case: Case, context: Context) -> Callable[[], Tensor]:

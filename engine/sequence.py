@@ -131,7 +131,13 @@ def _cached_attention(
 ) -> Tensor:
     """Attention of the new columns to all columns so far, which the cache keeps as [B, Hkv, kv_len, d]."""
     batch, length = len(layout.lengths), layout.lengths[0]
-    query, key, value = (t.unflatten(0, (batch, length)).transpose(1, 2) for t in (query, key, value))
+    heads, kv_heads, size = query.shape[1], *key.shape[1:]
+    if length == 1:
+        # The queries of a key head become the rows of one head: nothing is transposed, no key head is read twice.
+        query = query.reshape(batch, kv_heads, heads // kv_heads, size)
+        key, value = key.unsqueeze(2), value.unsqueeze(2)
+    else:
+        query, key, value = (t.unflatten(0, (batch, length)).transpose(1, 2) for t in (query, key, value))
     key, value = cache.update(key, value, layer)
     assert layout.padding is not None
     if key.shape[2] != layout.padding.shape[1]:
@@ -140,8 +146,9 @@ def _cached_attention(
             f"got {key.shape[2]} in layer {layer}: pass a DynamicCache of this model without sliding layers"
         )
     mask = layout.mask(window)
-    is_causal, is_grouped = mask is None and length > 1, query.shape[1] != key.shape[1]
-    out = F.scaled_dot_product_attention(query, key, value, mask, is_causal=is_causal, enable_gqa=is_grouped)
+    if length == 1:
+        return F.scaled_dot_product_attention(query, key, value, mask).reshape(batch, heads * size)
+    out = F.scaled_dot_product_attention(query, key, value, mask, is_causal=mask is None, enable_gqa=heads != kv_heads)
     return out.transpose(1, 2).flatten(0, 1).flatten(1)
 
 

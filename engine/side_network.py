@@ -23,7 +23,7 @@ from transformers import DynamicCache
 from engine.config import BackboneShape, LadderConfig, SideDims, side_dims
 from engine.connections import connections
 from engine.sequence import SequenceLayout, attention, inverse_frequencies, rotary_table
-from ladder_kernels import SideLayerWeights, rms_norm, rotary, side_layer, swiglu, tap
+from ladder_kernels import SideLayerWeights, rms_norm, side_layer, tap
 
 
 class Tap(nn.Module):
@@ -100,20 +100,18 @@ class SideLayer(nn.Module):
         cache_layer: int,
     ) -> Tensor:
         """state [T, S] -> [T, S]; tables: (cos, sin) [T, head_dim]; cache_layer: this layer's index in the cache."""
-        if cache is None:
-            return side_layer(state, self._weights(), *tables, layout.lengths, self.eps, offsets=layout.offsets)
-        dims, dtype = self.dims, state.dtype
-        normed = rms_norm(state, self.attention_norm.to(dtype), self.eps)
-        heads = F.linear(normed, self.qkv.to(dtype)).unflatten(-1, (-1, dims.head_dim))
-        rotated, value = heads.split((dims.num_heads + dims.num_kv_heads, dims.num_kv_heads), dim=1)
-        query, key = rotary(rotated, *tables).split((dims.num_heads, dims.num_kv_heads), dim=1)
-        mixed = attention(query, key, value, layout, cache=cache, layer=cache_layer)
-        state = state + F.linear(mixed, self.attention_out.to(dtype))
-        normed = rms_norm(state, self.mlp_norm.to(dtype), self.eps)
-        gate, up = F.linear(normed, self.gate_up.to(dtype)).chunk(2, dim=-1)
-        return state + F.linear(swiglu(gate, up), self.mlp_out.to(dtype))
 
-    def _weights(self) -> SideLayerWeights:
+        lengths, eps, weights = layout.lengths, self.eps, self.weights()
+        if cache is None:
+            return side_layer(state, weights, *tables, lengths, eps, offsets=layout.offsets)
+
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return attention(query, key, value, layout, cache=cache, layer=cache_layer)
+
+        return side_layer(state, weights, *tables, lengths, eps, attend=attend)
+
+    def weights(self) -> SideLayerWeights:
+        """The parameters as the op takes them."""
         return SideLayerWeights(
             self.attention_norm, self.qkv, self.attention_out, self.mlp_norm, self.gate_up, self.mlp_out
         )

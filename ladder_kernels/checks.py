@@ -29,8 +29,10 @@ def check_dtype(op: str, name: str, dtype: torch.dtype, allowed: Sequence[torch.
 def check_shape(op: str, name: str, tensor: Tensor, expected: Sequence[int | str]) -> None:
     """Raise ValueError unless the shape matches; a string in `expected` stands for any size."""
     shape = tensor.shape
+    if shape == expected:  # fast where all sizes are known: this runs some 500 times a token
+        return
     matches = len(shape) == len(expected)
-    for want, got in zip(expected, shape, strict=False):  # plain loops: this runs some 500 times a token
+    for want, got in zip(expected, shape, strict=False):
         matches = matches and (want == got or type(want) is str)
     if not matches:
         wanted = ", ".join(str(size) for size in expected)

@@ -271,8 +271,9 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out
 
 
-def swiglu(gate: Tensor, up: Tensor, out: Tensor) -> Tensor:
-    """`reference.swiglu` of [R, F] with contiguous rows, into contiguous `out`, which may be gate."""
+def swiglu(gate: Tensor, up: Tensor, out: Tensor | None = None) -> Tensor:
+    """`reference.swiglu` of [R, F] with contiguous rows, into contiguous `out` if given, which may be gate."""
+    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) if out is None else out
     call = _SwiGlu(
         gate.data_ptr(),
         up.data_ptr(),

@@ -15,17 +15,21 @@ trackers and tracers see through, and on a GPU the sequence of kernels is in `la
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ladder_kernels import elementwise, reference
+from ladder_kernels import elementwise, native, reference
 from ladder_kernels.attention import attention
 from ladder_kernels.checks import COMPUTE_DTYPES, check_contiguous, check_device, check_dtype, check_shape
 from ladder_kernels.dispatch import runs_eagerly, uses_triton_products, without_autocast
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Attention of rotated query [T, Hq, d], key and value [T, Hkv, d] -> [T, Hq d]."""
 
 _DTYPES = (*COMPUTE_DTYPES, torch.float64)
 
@@ -73,12 +77,20 @@ class SideLayerCall(NamedTuple):
         cos, sin: [T, d] in the state's dtype, the rotary table of the rows.
         offsets: int32 [documents + 1] or None, see `attention`.
         shape: see `SideLayerShape`.
+        attend: what computes the attention; None for `attention` within each document.
     """
 
     cos: Tensor
     sin: Tensor
     offsets: Tensor | None
     shape: SideLayerShape
+    attend: Attend | None = None
+
+    def attention(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """[T, Hq d] from rotated heads."""
+        if self.attend is not None:
+            return self.attend(query, key, value)
+        return attention(query, key, value, self.shape.lengths, offsets=self.offsets)
 
 
 def side_layer(
@@ -90,6 +102,7 @@ def side_layer(
     epsilon: float,
     *,
     offsets: Tensor | None = None,
+    attend: Attend | None = None,
 ) -> Tensor:
     """One side layer over whole documents; differentiable once, in state and weights.
 
@@ -100,6 +113,8 @@ def side_layer(
         lengths: rows per document, in order; they sum to T. Host integers.
         epsilon: added to the mean square in both norms.
         offsets: int32 [documents + 1], see `attention`.
+        attend: computes the attention in place of `attention`, as cached decoding does. It is called once, so with
+            gradients the layer keeps its activations.
 
     Returns:
         [T, S] in state.dtype.
@@ -109,14 +124,14 @@ def side_layer(
     """
     heads, kv_heads = _check(state, weights, cos, sin, lengths, offsets)
     shape = SideLayerShape(heads, kv_heads, cos.shape[1], tuple(lengths), epsilon)
-    call = SideLayerCall(cos, sin, offsets, shape)
+    call = SideLayerCall(cos, sin, offsets, shape, attend)
     needs_grad = torch.is_grad_enabled() and (state.requires_grad or any(w.requires_grad for w in weights))
     with without_autocast(state.device):
-        if torch.compiler.is_compiling():
-            return _plain(state, weights, call, reference)
+        if torch.compiler.is_compiling() or (needs_grad and attend is not None):
+            return plain_side_layer(state, weights, call)
         if needs_grad:
-            return _SideLayer.apply(state, *weights, *call)
-        return _forward(state, weights, call, elementwise)
+            return _SideLayer.apply(state, *weights, cos, sin, offsets, shape)
+        return _forward(state, weights, call, _operations(state, weights))
 
 
 class _SideLayer(torch.autograd.Function):
@@ -144,28 +159,40 @@ class _SideLayer(torch.autograd.Function):
         return (*gradients, None, None, None, None)
 
 
-def _forward(state: Tensor, weights: SideLayerWeights, call: SideLayerCall, operations: Any) -> Tensor:
+def _forward(state: Tensor, weights: SideLayerWeights, call: SideLayerCall, operations: ModuleType) -> Tensor:
     if _runs_triton(state, *weights):
         from ladder_kernels.gpu import side_layer as gpu  # Triton is not installed everywhere
 
         return gpu.side_layer(state, weights, call)
-    return _plain(state, weights, call, operations)
+    return plain_side_layer(state, weights, call, operations)
 
 
-def _plain(state: Tensor, weights: SideLayerWeights, call: SideLayerCall, operations: Any) -> Tensor:
-    """The layer in plain torch. `operations` has rms_norm, rotary and swiglu: the module `reference`, whose bits do not
-    depend on whether a gradient is wanted, or the faster `elementwise`."""
-    cos, sin, offsets, shape = call
-    attention_norm, qkv, attention_out, mlp_norm, gate_up, mlp_out = (weight.to(state.dtype) for weight in weights)
+def plain_side_layer(
+    state: Tensor, weights: SideLayerWeights, call: SideLayerCall, operations: ModuleType = reference
+) -> Tensor:
+    """The layer in torch operations, arguments checked.
+
+    `operations` has rms_norm, rotary and swiglu: `reference`, whose bits do not depend on whether a gradient is wanted,
+    or something faster.
+    """
+    shape, dtype = call.shape, state.dtype
+    attention_norm, qkv, attention_out, mlp_norm, gate_up, mlp_out = (weight.to(dtype) for weight in weights)
     normed = operations.rms_norm(state, attention_norm, shape.epsilon)
     heads = F.linear(normed, qkv).unflatten(-1, (-1, shape.head_dim))
-    query, key, value = heads.split((shape.heads, shape.kv_heads, shape.kv_heads), dim=1)
-    query, key = operations.rotary(query, cos, sin), operations.rotary(key, cos, sin)
-    mixed = attention(query, key, value, shape.lengths, offsets=offsets)
+    rotated, value = heads.split((shape.heads + shape.kv_heads, shape.kv_heads), dim=1)
+    rotated = operations.rotary(rotated, call.cos, call.sin)
+    query, key = rotated.split((shape.heads, shape.kv_heads), dim=1)
+    mixed = call.attention(query, key, value)
     state = state + F.linear(mixed, attention_out)
     normed = operations.rms_norm(state, mlp_norm, shape.epsilon)
     gate, up = F.linear(normed, gate_up).chunk(2, dim=-1)
     return state + F.linear(operations.swiglu(gate, up), mlp_out)
+
+
+def _operations(state: Tensor, weights: SideLayerWeights) -> ModuleType:
+    """What computes without a gradient: on a CPU the kernels themselves, for everything is checked already."""
+    is_native = state.is_cpu and state.dtype in COMPUTE_DTYPES and runs_eagerly(state, *weights) and native.available()
+    return native if is_native else elementwise
 
 
 def _plain_backward(
@@ -178,7 +205,7 @@ def _plain_backward(
     """Gradients of state and weights, None where not wanted, by autograd through the layer computed once more."""
     inputs = [t.detach().requires_grad_(needs) for t, needs in zip((state, *weights), needs_grad, strict=True)]
     with torch.enable_grad():
-        out = _plain(inputs[0], SideLayerWeights(*inputs[1:]), call, reference)
+        out = plain_side_layer(inputs[0], SideLayerWeights(*inputs[1:]), call)
     gradients = iter(torch.autograd.grad(out, [t for t in inputs if t.requires_grad], dout))
     return tuple(next(gradients) if needs else None for needs in needs_grad)
 
@@ -209,8 +236,9 @@ def _check(
     tokens, width = state.shape
     check_shape(op, "cos", cos, (tokens, "d"))
     check_shape(op, "sin", sin, cos.shape)
-    for name in ("qkv", "attention_out", "gate_up", "mlp_out"):
-        check_shape(op, name, getattr(weights, name), ("rows", "columns"))
+    for name, weight in zip(weights._fields, weights, strict=True):
+        if weight.dim() != 2 and not name.endswith("norm"):
+            check_shape(op, name, weight, ("rows", "columns"))
     head_dim, mixed, inner = cos.shape[1], weights.attention_out.shape[1], weights.mlp_out.shape[1]
     if (
         head_dim == 0
@@ -229,7 +257,10 @@ def _check(
     shapes = ((width,), ("N", width), (width, mixed), (width,), (2 * inner, width), (width, inner))
     weight_dtypes = (state.dtype, torch.promote_types(state.dtype, torch.float32))
     check_dtype(op, "weights", weights.qkv.dtype, weight_dtypes)
+    given = (weights.qkv.dtype, state.device)
     for name, weight, expected in zip(weights._fields, weights, shapes, strict=True):
+        if (weight.shape, weight.dtype, weight.device) == (expected, *given) and weight.is_contiguous():
+            continue  # a third of the time of the checks below, 24 times a token
         check_shape(op, name, weight, expected)
         check_dtype(op, name, weight.dtype, (weights.qkv.dtype,))
         check_contiguous(op, name, weight)

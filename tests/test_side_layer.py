@@ -104,6 +104,28 @@ def test_only_wanted_gradients_are_computed() -> None:
         assert leaf.grad is None or torch.equal(leaf.grad, other.grad)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_attention_can_be_computed_elsewhere(dtype: torch.dtype) -> None:
+    tensors = inputs(dtype, torch.float32)
+    shapes = []
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        shapes.append((query.shape, key.shape, value.shape))
+        return attention(query, key, value, LENGTHS)
+
+    out = ours(tensors, attend=attend)
+    assert_same_bits("with gradients", out, ours(tensors))
+    given = torch.autograd.grad(out.float().sum(), tensors[:7])
+    expected = torch.autograd.grad(ours(tensors).float().sum(), tensors[:7])
+    for name, one, other in zip(NAMES, given, expected, strict=True):
+        assert_same_bits(f"gradient of {name}", one, other)
+    with torch.no_grad():
+        assert_same_bits("without", ours(tensors, attend=attend), ours(tensors))
+    tokens = sum(LENGTHS)
+    heads, kv_heads = (tokens, HEADS, HEAD_DIM), (tokens, KV_HEADS, HEAD_DIM)
+    assert shapes == [(heads, kv_heads, kv_heads)] * 2
+
+
 def test_documents_do_not_see_each_other() -> None:
     tensors = inputs(torch.float64)
     out = ours(tensors)

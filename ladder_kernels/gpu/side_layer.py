@@ -17,7 +17,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ladder_kernels.attention import attention
 from ladder_kernels.gpu import side_config as config
 from ladder_kernels.gpu.side_backward import (
     _side_mlp_bwd_dx_kernel,
@@ -52,7 +51,7 @@ def side_layer(state: Tensor, weights: SideLayerWeights, call: SideLayerCall) ->
     """The layer's output [T, S]; arguments as of `ladder_kernels.side_layer`, checked."""
     layer = _layer(state, weights, call)
     heads, _ = _qkv(layer, state, store_normed=False)
-    mixed = attention(*_split(layer, heads), call.shape.lengths, offsets=call.offsets)
+    mixed = call.attention(*_split(layer, heads))
     if layer.sizes.is_fused:
         return _mlp(layer, state, mixed)
     u = _linear(layer, mixed, layer.weights.attention_out, state)
@@ -68,7 +67,7 @@ def side_layer_backward(
     heads, normed_s = _qkv(layer, state, store_normed=True)
     query, key, value = (t.detach().requires_grad_() for t in _split(layer, heads))
     with torch.enable_grad():
-        mixed = attention(query, key, value, call.shape.lengths, offsets=call.offsets)
+        mixed = call.attention(query, key, value)
     u = _linear(layer, mixed.detach(), layer.weights.attention_out, state)
     normed_u, activation, dgate_up = _mlp_backward(layer, u, dout)
     du, mlp_partial = _mlp_dx(layer, dgate_up, u, dout)
