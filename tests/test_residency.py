@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,9 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from engine.backbone import Backbone, load_backbone, residency
+from engine.backbone import Backbone, load_backbone, loader, packed_cache, residency
 from engine.backbone.decoder import Block
-from engine.backbone.layout import describe, pack, packed_nbytes
+from engine.backbone.layout import PackedBlock, describe, pack, packed_nbytes
 from engine.backbone.residency import Layers, Placement, place
 from engine.checkpoint import save_adapter
 from engine.model import LadderForCausalLM
@@ -362,7 +364,25 @@ def test_wrong_options_are_refused_before_anything_is_read(options: dict[str, An
         load_backbone("no such/folder", **options)
 
 
-def test_models_pass_the_options_on(tmp_path: Any) -> None:
+@pytest.mark.parametrize("options", [{}, {"packed_cache": "layers.cache"}], ids=["memory", "cache"])
+def test_no_layer_is_held_twice_while_loading(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, str]
+) -> None:
+    unpacked: list[weakref.ref[Any]] = []
+
+    def watched(block: Block) -> PackedBlock:
+        assert all(storage() is None for storage in unpacked), "an earlier layer is still held as it was loaded"
+        unpacked.extend(weakref.ref(tensor.untyped_storage()) for tensor in block.tensors())
+        return pack(block)
+
+    monkeypatch.setattr(loader, "pack", watched)
+    monkeypatch.setattr(packed_cache, "pack", watched)
+    options = {name: str(tmp_path / value) for name, value in options.items()}
+    load_backbone(checkpoint_folder(), dtype=torch.float32, residency="host", **options)
+    assert len(unpacked) == NUM_LAYERS * len(tiny_backbone().blocks[0].tensors())
+
+
+def test_models_pass_the_options_on(tmp_path: Path) -> None:
     model = trained(ladder_model())
     save_adapter(tmp_path, model.ladder_config, model.backbone, model.side_network.state_dict())
     loaded = LadderForCausalLM.from_pretrained(tmp_path, residency="host", prefetch=2)

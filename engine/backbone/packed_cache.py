@@ -53,7 +53,9 @@ def read_packed_cache(path: Path, fingerprint: str, dtype: torch.dtype) -> list[
     try:
         metadata = read_metadata(path)
     except (CheckpointError, OSError) as error:
-        raise CheckpointError(f"packed_cache {path}: not a packed cache: {error}") from error
+        raise CheckpointError(
+            f"packed_cache {path}: not a packed cache ({error}); delete it or choose another path"
+        ) from error
     if metadata.get("format") != FORMAT:
         raise CheckpointError(
             f"packed_cache {path}: holds something else, perhaps a checkpoint; delete it or choose another path"
