@@ -190,7 +190,8 @@ class Layers:
         self._copier = copier_for(device, slots)
         if device.type == "cuda" and self._pin_memory:
             self._pin_memory = False  # once: it stays pinned if the model moves
-            pinned = pin(list(self._buffers.values()), device)
+            with torch.cuda.device(device):
+                pinned = pin(list(self._buffers.values()), device)
             weakref.finalize(self, unpin, pinned, device).atexit = False
 
     @property
