@@ -6,6 +6,7 @@ import errno
 import os
 import resource
 import shutil
+import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -94,6 +95,13 @@ def test_safetensors_reads_the_file(cache: Path) -> None:
         assert file.metadata()["format"] == "ladder-packed-layers"
         layers = load(cache).layers
         assert all(torch.equal(file.get_tensor(f"layers.{index}"), layers._buffers[index]) for index in range(4))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the mappings of the process from /proc")
+def test_the_file_is_mapped_read_only(cache: Path) -> None:
+    backbone = load(cache)
+    mappings = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(cache) in line]
+    assert backbone and [line.split()[1] for line in mappings] == ["r--s"]
 
 
 def test_mapped_layers_survive_a_new_cache_under_the_same_name(cache: Path) -> None:

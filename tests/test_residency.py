@@ -179,7 +179,7 @@ def test_an_error_while_computing_leaves_a_true_state() -> None:
 
 def test_a_failed_copy_leaves_a_true_state(monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = streamed_backbone("host-1")
-    all_states(backbone)
+    all_states(backbone)  # after which the buffers hold the last layer and the first
 
     def fail(slot: int, source: Tensor, target: Tensor) -> None:
         target.fill_(GARBAGE)
@@ -189,6 +189,10 @@ def test_a_failed_copy_leaves_a_true_state(monkeypatch: pytest.MonkeyPatch) -> N
         patch.setattr(backbone.layers._copier, "copy", fail)
         with pytest.raises(RuntimeError, match="copy failed"):
             all_states(backbone)
+    last = NUM_LAYERS - 1
+    with backbone.layers.on_device(last) as block:
+        pairs = zip(block.tensors(), backbone.blocks[last].tensors(), strict=True)
+        assert all(torch.equal(*pair) for pair in pairs)
     assert_equal(all_states(backbone), all_states(tiny_backbone()))
 
 

@@ -76,7 +76,12 @@ class Block:
     def tensors(self) -> list[Tensor]:
         """Every tensor, packed weights with all their parts, in the order of `map`."""
         found: list[Tensor] = []
-        self.map(lambda tensor: found.append(tensor) or tensor)
+
+        def keep(tensor: Tensor) -> Tensor:
+            found.append(tensor)
+            return tensor
+
+        self.map(keep)
         return found
 
 

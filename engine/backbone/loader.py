@@ -112,8 +112,8 @@ def load_backbone(
         memory_budget: bytes on the device for the layers, staging buffers included, with "auto".
         prefetch: how many layers are fetched ahead, 1 or 2; there is one staging buffer more.
         packed_cache: a file that the packed layers are written to, once, and mapped from: the next load does not
-            quantize, and streamed layers need no memory of their own. Mapped memory is not pinned, so it is copied more
-            slowly.
+            quantize, streamed layers need no memory of their own, and processes share what is in memory of it. Mapped
+            memory is not pinned, so it is copied more slowly.
 
     Raises:
         ValueError: anything wrong with the arguments, the checkpoint or the cache, or too little memory for what is
@@ -245,11 +245,8 @@ def _load(
             packed[index] = pack(block)
 
         loaded, digests = _load_all(config, items, target, keep)
-        return (
-            loaded,
-            place([packed.pop(index) for index in range(config.num_layers)], target.device, placement),
-            digests,
-        )
+        in_order = [packed.pop(index) for index in range(config.num_layers)]
+        return loaded, place(in_order, target.device, placement), digests
     path = placement.packed_cache
     digests = {name: stored_digest(part) for item in items for name, part in item.parts.items()}
     identity = (fingerprint(config, packing, digests), target.dtype)

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 import os
 import shutil
 import warnings
@@ -82,8 +83,7 @@ def _content(metadata: dict[str, Any], fingerprint: str, dtype: torch.dtype) -> 
 def _mapped(path: Path, content: dict[str, Any]) -> list[PackedBlock]:
     """The layers as views of the mapped file. Raises ValueError unless all of it is as the header says."""
     stored = read_header(path)
-    # Copy-on-write, as nobody writes: torch has no read-only tensors.
-    data = torch.from_file(str(path), shared=False, size=path.stat().st_size, dtype=torch.uint8)
+    data = _map(path)
     kinds = [from_description(kind) for kind in content["layouts"]]
     packed = []
     for index, (kind, expected) in enumerate(content["layers"]):
@@ -94,6 +94,13 @@ def _mapped(path: Path, content: dict[str, Any]) -> list[PackedBlock]:
             raise ValueError(f"the bytes of layer {index} are damaged")
         packed.append(PackedBlock(buffer, views(kinds[kind], buffer)))
     return packed
+
+
+def _map(path: Path) -> Tensor:
+    """The bytes of a file, read-only: Linux refuses writable mappings that are larger than its memory."""
+    with open(path, "rb") as file, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given buffer is not writable")
+        return torch.frombuffer(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ), dtype=torch.uint8)
 
 
 class PackedCacheWriter:

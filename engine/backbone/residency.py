@@ -229,7 +229,7 @@ class Layers:
             finally:
                 self._copier.release(slot)
                 self._unused.append(slot)
-        upcoming = self._upcoming[index] if self._buffers else ()
+        upcoming = self._upcoming[index]
         for wanted in upcoming:
             if wanted not in self._holds:
                 self._fetch(wanted, [slot for slot in self._unused if self._holds[slot] not in upcoming])
