@@ -27,6 +27,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 
 from engine.backbone import Backbone, load_backbone
 from engine.backbone.families import expected_tensors
+from engine.backbone.residency import PLACEMENT_OPTIONS
 from engine.checkpoint import check_backbone, load_adapter, read_adapter, save_adapter
 from engine.config import LadderConfig
 from engine.model_config import LadderModelConfig, generation_config, model_config
@@ -127,7 +128,7 @@ class LadderModel(nn.Module):
         # What fn does to an integer tensor is its device move without its dtype cast.
         device = fn(torch.empty(0, dtype=torch.uint8, device=self.backbone.device)).device
         if device != self.backbone.device:
-            self.backbone.apply_(lambda tensor: tensor.to(device))
+            self.backbone.to(device)
         return self
 
 
@@ -187,7 +188,7 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
         device: torch.device | str = "cpu",
         revision: str | None = None,
         config: PreTrainedConfig | None = None,
-        **unsupported: Any,
+        **options: Any,
     ) -> LadderForCausalLM:
         """Load an adapter folder beside its backbone.
 
@@ -198,15 +199,22 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
             device: where the backbone is loaded to.
             revision: of the backbone's hub repository.
             config: accepted because transformers' Auto classes pass it; the folder decides.
-            unsupported: what the Auto classes pass along, none of it used.
+            options: residency, memory_budget, prefetch and packed_cache as of `load_backbone`, where the backbone is
+                loaded here; and what the Auto classes pass along, none of it used.
 
         Raises:
-            TypeError: an option this model does not have.
+            TypeError: an option this model does not have, or one of loading beside a loaded backbone.
             ValueError: a damaged or foreign folder, or another backbone than it was trained beside.
         """
         # The Auto classes always pass adapter_kwargs, which are for peft adapters.
-        if given := sorted(name for name, value in unsupported.items() if value and name != "adapter_kwargs"):
-            raise TypeError(f"from_pretrained takes dtype, device and revision of the backbone, got {given}")
+        placement = {name: options.pop(name) for name in PLACEMENT_OPTIONS & options.keys()}
+        if given := sorted(name for name, value in options.items() if value and name != "adapter_kwargs"):
+            raise TypeError(
+                f"from_pretrained takes dtype, device, revision, {', '.join(sorted(PLACEMENT_OPTIONS))} of the "
+                f"backbone, got {given}"
+            )
+        if placement and isinstance(backbone, Backbone):
+            raise TypeError(f"{sorted(placement)} are options of loading, but the backbone is loaded already")
         folder = Path(pretrained_model_name_or_path)
         record = read_adapter(folder)
         if not isinstance(backbone, Backbone):
@@ -221,6 +229,7 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
                     double_quant=record.backbone.double_quant,
                     device=device,
                     revision=revision,
+                    **placement,
                 )
             except ValueError as error:
                 raise ValueError(

@@ -178,6 +178,14 @@ def _fill(name: str, value: float, index: int = 0) -> Callable[[dict[str, Tensor
     return change
 
 
+def test_a_packed_checkpoint_is_streamed_as_it_is(packed_checkpoint: Path, tmp_path: Path) -> None:
+    expected = load_backbone(packed_checkpoint, dtype=torch.float32)
+    for options in ({}, {"packed_cache": tmp_path / "cache"}, {"packed_cache": tmp_path / "cache"}):
+        backbone = load_backbone(packed_checkpoint, dtype=torch.float32, residency="host", **options)
+        assert_same_weights(backbone, expected)
+        assert backbone.fingerprint() == expected.fingerprint()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -9,9 +9,10 @@ There is no batch dimension: hidden states are [T, D] and a `SequenceLayout` say
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,9 @@ from transformers import AutoTokenizer, DynamicCache, PreTrainedConfig, PreTrain
 from engine.backbone.families import BackboneConfig, rotary_frequencies
 from engine.sequence import SequenceLayout, attention, rotary_table
 from ladder_kernels import NF4Weight, Workspace, nf4_linear, nf4_swiglu, reference, rms_norm, rotary, swiglu_
+
+if TYPE_CHECKING:
+    from engine.backbone.residency import Layers
 
 
 @dataclass
@@ -36,6 +40,11 @@ class Linear:
             return nf4_linear(x, self.weight, self.bias, residual, workspace=workspace)
         out = F.linear(x, self.weight, self.bias)
         return out if residual is None else residual + out
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Linear:
+        """The same with `fn` applied to every tensor."""
+        weight = self.weight.map(fn) if isinstance(self.weight, NF4Weight) else fn(self.weight)
+        return Linear(weight, None if self.bias is None else fn(self.bias))
 
 
 @dataclass
@@ -54,6 +63,27 @@ class Block:
     query_norm: Tensor | None = None
     key_norm: Tensor | None = None
 
+    def map(self, fn: Callable[[Tensor], Tensor]) -> Block:
+        """The same with `fn` applied to every tensor, in an order that depends on the block's fields alone."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return Block(
+            **{
+                name: value.map(fn) if isinstance(value, Linear) else None if value is None else fn(value)
+                for name, value in values.items()
+            }
+        )
+
+    def tensors(self) -> list[Tensor]:
+        """Every tensor, packed weights with all their parts, in the order of `map`."""
+        found: list[Tensor] = []
+
+        def keep(tensor: Tensor) -> Tensor:
+            found.append(tensor)
+            return tensor
+
+        self.map(keep)
+        return found
+
 
 class Backbone:
     """A frozen pretrained decoder. Not an nn.Module: its weights are no parameters and belong to no state dict.
@@ -63,7 +93,7 @@ class Backbone:
         hf_config: the transformers config object it was read from.
         source: path or hub id as the user gave it.
         folder: where the checkpoint's files lie, None for a backbone built in memory.
-        embedding: [V, D]; blocks: one `Block` per layer; norm_weight: [D].
+        embedding: [V, D]; layers: the blocks, on the device or streamed to it; norm_weight: [D].
         head_weight: [V, D], the same tensor as `embedding` where the family ties them.
     """
 
@@ -72,7 +102,7 @@ class Backbone:
         config: BackboneConfig,
         hf_config: PreTrainedConfig,
         embedding: Tensor,
-        blocks: list[Block],
+        layers: Layers,
         norm_weight: Tensor,
         head_weight: Tensor,
         *,
@@ -83,7 +113,7 @@ class Backbone:
         self.config = config
         self.hf_config = hf_config
         self.embedding = embedding
-        self.blocks = blocks
+        self.layers = layers
         self.norm_weight = norm_weight
         self.head_weight = head_weight
         self.source = source
@@ -103,10 +133,15 @@ class Backbone:
         return self.embedding.dtype
 
     @property
+    def blocks(self) -> Sequence[Block]:
+        """The weights of every layer where they live: on the device, or in host memory where they are streamed."""
+        return self.layers.blocks
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of all weights, a tied head counted once."""
-        sizes = {id(weight): weight.nbytes for weight in self._weights()}
-        return sum(sizes.values())
+        """Bytes of all weights, wherever they are, a tied head counted once."""
+        outer = {id(weight): weight.nbytes for weight in (self.embedding, self.norm_weight, self.head_weight)}
+        return sum(outer.values()) + sum(tensor.nbytes for block in self.blocks for tensor in block.tensors())
 
     def fingerprint(self) -> str:
         """sha256 in hex that identifies the backbone an adapter was trained on.
@@ -160,8 +195,8 @@ class Backbone:
             tables = self.rotary(layout.positions)
             hidden = self.embed(input_ids)
         yield 0, hidden
-        for index, block in enumerate(self.blocks):
-            with torch.no_grad():
+        for index in range(len(self.blocks)):
+            with torch.no_grad(), self.layers.on_device(index) as block:
                 hidden = self._attention(block, index, hidden, tables, layout, cache)
                 hidden = self._mlp(block, hidden)
             yield index + 1, hidden
@@ -202,36 +237,13 @@ class Backbone:
         """The frozen final RMSNorm of y [R, D]; differentiable in y, with the same bits where no gradient is wanted."""
         return reference.rms_norm(y, self.norm_weight, self.config.rms_norm_eps)
 
-    def apply_(self, function: Callable[[Tensor], Tensor]) -> Backbone:
-        """Replace every weight by function(weight), as `nn.Module._apply` does for parameters.
-
-        Packed weights and rotary frequencies follow only the device: their fp32 scales are part of a format and do not
-        change with the compute dtype.
-        """
+    def to(self, device: torch.device | str) -> Backbone:
+        """Move to another device, in place; streamed layers stay in host memory and are streamed there."""
         tied = self.head_weight is self.embedding
-        self.embedding = function(self.embedding)
-        self.head_weight = self.embedding if tied else function(self.head_weight)
-        self.norm_weight = function(self.norm_weight)
-        self._frequencies = self._frequencies.to(self.device)
-        for block in self.blocks:
-            for entry in fields(block):
-                value = getattr(block, entry.name)
-                if isinstance(value, Linear):
-                    is_packed = isinstance(value.weight, NF4Weight)
-                    value.weight = value.weight.to(self.device) if is_packed else function(value.weight)
-                    value.bias = None if value.bias is None else function(value.bias)
-                elif value is not None:
-                    setattr(block, entry.name, function(value))
+        self.embedding = self.embedding.to(device)
+        self.head_weight = self.embedding if tied else self.head_weight.to(device)
+        self.norm_weight = self.norm_weight.to(device)
+        self._frequencies = self._frequencies.to(device)
+        self.layers.to(device)
         self._workspace = Workspace()
         return self
-
-    def _weights(self) -> Iterator[NF4Weight | Tensor]:
-        yield from (self.embedding, self.norm_weight, self.head_weight)
-        for block in self.blocks:
-            for entry in fields(block):
-                value = getattr(block, entry.name)
-                if isinstance(value, Linear):
-                    yield value.weight
-                    value = value.bias
-                if value is not None:
-                    yield value

@@ -1,15 +1,16 @@
 """From a checkpoint to a `Backbone`, one tensor at a time, so that host memory holds the packed model and one tensor.
 
+Layers that are streamed leave the device as soon as they are quantized: for one buffer each in host memory, or for the
+packed cache, from which they are mapped. The device never holds more than one of them.
+
 Everything that can be wrong without reading weights (config, index, shard headers, names, shapes, dtypes) is checked
 before the first weight is read.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,11 @@ from engine.backbone.families import (
     parse_config,
 )
 from engine.backbone.files import CONFIG, locate, locate_weights, read_json, stored_tensors
+from engine.backbone.fingerprint import digest, fingerprint, stored_digest
+from engine.backbone.host_memory import check_available
+from engine.backbone.layout import PackedBlock, pack, packed_nbytes
+from engine.backbone.packed_cache import PackedCacheWriter, read_packed_cache
+from engine.backbone.residency import Layers, Placement, place
 from engine.backbone.shards import CheckpointError, StoredTensor
 from engine.dtypes import compute_dtype
 from ladder_kernels import NF4Weight, quantize_nf4
@@ -35,16 +41,19 @@ from ladder_kernels import NF4Weight, quantize_nf4
 COMPUTE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _QUANT_STATE = ".quant_state.bitsandbytes__nf4"
 _PACKED_PARTS = ("", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", _QUANT_STATE)
-_SPANS, _SPAN_LENGTH = 8, 512
 
 
 @dataclass(frozen=True)
 class _Item:
-    """One tensor to load: its parts in the checkpoint (one if dense, up to six if packed by bitsandbytes)."""
+    """One tensor to load: its parts in the checkpoint (one if dense, up to six if packed by bitsandbytes).
+
+    `layer` is the index of the block it belongs to, None for embedding, final norm and head.
+    """
 
     name: str
     expected: ExpectedTensor
     parts: Mapping[str, StoredTensor]
+    layer: int | None
 
     @property
     def packed(self) -> bool:
@@ -55,6 +64,24 @@ class _Item:
         return self.parts[self.name]
 
 
+@dataclass(frozen=True)
+class _Target:
+    """What checkpoint tensors become: `quantizer` is double_quant for dense linears, or None to leave them dense."""
+
+    dtype: torch.dtype
+    device: torch.device
+    quantizer: bool | None
+    layers_device: torch.device
+
+    def quantizes(self, item: _Item) -> bool:
+        return self.quantizer is not None and item.expected.linear and not item.packed
+
+    def keeps(self, item: _Item) -> bool:
+        """Whether the bytes read from the file are the loaded weight itself, so that they need their own memory."""
+        same = self.device.type == "cpu" and item.main.dtype == self.dtype
+        return item.packed or (same and not self.quantizes(item))
+
+
 def load_backbone(
     source: str | Path,
     *,
@@ -63,22 +90,37 @@ def load_backbone(
     double_quant: bool = True,
     device: torch.device | str = "cpu",
     revision: str | None = None,
+    residency: str = "device",
+    memory_budget: int | None = None,
+    prefetch: int = 1,
+    packed_cache: str | Path | None = None,
 ) -> Backbone:
     """Load a frozen backbone from a local folder or a hub id in Hugging Face layout. Only safetensors are read.
 
-    Peak host memory is the loaded model plus its largest tensor plus small change.
+    Peak host memory is the loaded model plus its largest tensor plus small change; with another residency than "device"
+    plus one layer, and without the layers where they are mapped from a packed cache.
 
     Args:
         dtype: of norms, embedding, head and hidden states; None picks `engine.dtypes.compute_dtype(device)`.
         quantize: pack the linears of the blocks to NF4. A checkpoint already packed by bitsandbytes is kept to the bit.
         double_quant: quantize the block scales as well; without effect on a packed checkpoint.
-        device: where the weights live.
+        device: where the backbone computes.
         revision: branch, tag or commit of a hub id.
+        residency: "device" keeps all layers there; "host" keeps them in host memory, pinned for a GPU, and streams each
+            to the device while the one before computes; "auto" keeps as many there as fit `memory_budget`. All
+            compute the same bits.
+        memory_budget: bytes on the device for the layers, staging buffers included, with "auto".
+        prefetch: how many layers are fetched ahead, 1 or 2; there is one staging buffer more.
+        packed_cache: a file that the packed layers are written to, once, and mapped from: the next load does not
+            quantize, streamed layers need no memory of their own, and processes share what is in memory of it. Mapped
+            memory is not pinned, so it is copied more slowly.
 
     Raises:
-        ValueError: anything wrong with the arguments or the checkpoint; the message names the file and the tensor.
+        ValueError: anything wrong with the arguments, the checkpoint or the cache, or too little memory for what is
+            asked; the message names the file and the tensor.
     """
     device = torch.device(device)
+    placement = Placement(residency, memory_budget, prefetch, None if packed_cache is None else Path(packed_cache))
     dtype = compute_dtype(device) if dtype is None else dtype
     if dtype not in COMPUTE_DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(map(str, COMPUTE_DTYPES))}, got {dtype}")
@@ -96,20 +138,21 @@ def load_backbone(
     items, spare_head = _plan(config, stored_tensors(folder), prequantized)
 
     quantizer = double_quant if quantize and not prequantized else None
-    loaded, digests = _load_all(items, dtype, device, quantizer)
-    if spare_head is not None and _digest(spare_head.read()) != digests[config.names.embedding]:
+    packing = "as stored" if prequantized else f"nf4 double_quant={double_quant}" if quantize else "dense"
+    target = _Target(dtype, device, quantizer, device if placement.is_direct else torch.device("cpu"))
+    loaded, layers, digests = _load(config, items, target, placement, packing)
+    if spare_head is not None and stored_digest(spare_head) != digests[config.names.embedding]:
         raise CheckpointError(
             f"{spare_head.label}: differs from the embedding although {CONFIG} ties them; "
             "set tie_word_embeddings to false"
         )
-    packing = "as stored" if prequantized else f"nf4 double_quant={double_quant}" if quantize else "dense"
     return Backbone(
         config,
         hf_config,
-        *assemble(config, loaded),
+        *with_layers(config, loaded, layers),
         source=str(source),
         folder=folder,
-        fingerprint=_fingerprint(config, packing, digests),
+        fingerprint=fingerprint(config, packing, digests),
     )
 
 
@@ -143,6 +186,7 @@ def _plan(
     """
     rest = {name: tensor for name, tensor in stored.items() if not name.endswith(IGNORED_SUFFIXES)}
     expected = expected_tensors(config)
+    prefixes = [(config.names.layer.format(index), index) for index in range(config.num_layers)]
     missing = [name for name in expected if name not in rest]
     if missing:
         files = ", ".join(sorted({tensor.path.name for tensor in stored.values()})[:3])
@@ -152,7 +196,8 @@ def _plan(
         packed = prequantized and wanted.linear and name + _QUANT_STATE in rest
         part_names = [name + part for part in (_PACKED_PARTS if packed else ("",))]
         parts = {part: rest.pop(part) for part in part_names if part in rest}
-        items.append(_Item(name, wanted, parts))
+        layer = next((index for prefix, index in prefixes if name.startswith(prefix)), None)
+        items.append(_Item(name, wanted, parts, layer))
         _check_item(items[-1])
     spare_head = rest.pop(config.names.head, None) if config.tie_word_embeddings else None
     if rest:
@@ -183,43 +228,74 @@ def _check_item(item: _Item) -> None:
         raise CheckpointError(f"{state.label}: larger than 4096 bytes, refused")
 
 
-def _load_all(
-    items: list[_Item], dtype: torch.dtype, device: torch.device, quantizer: bool | None
-) -> tuple[dict[str, Tensor | NF4Weight], dict[str, str]]:
-    """Load every item; returns the weights and the digests of what was stored, both by name.
+def _load(
+    config: BackboneConfig, items: list[_Item], target: _Target, placement: Placement, packing: str
+) -> tuple[dict[str, Tensor | NF4Weight], Layers, dict[str, str]]:
+    """Everything, layers where the placement wants them; returns other weights and the digests by name, too."""
+    blocks: dict[int, Block] = {}
+    if placement.is_direct:
+        loaded, digests = _load_all(config, items, target, blocks.__setitem__)
+        return loaded, Layers([blocks[index] for index in range(config.num_layers)], target.device), digests
+    if placement.packed_cache is None:
+        packed: dict[int, PackedBlock] = {}
 
-    Args:
-        quantizer: double_quant for dense linears, or None to leave them dense.
+        def keep(index: int, block: Block) -> None:
+            if not packed:
+                check_available(packed_nbytes(block) * config.num_layers)
+            packed[index] = pack(block)
+
+        loaded, digests = _load_all(config, items, target, keep)
+        in_order = [packed.pop(index) for index in range(config.num_layers)]
+        return loaded, place(in_order, target.device, placement), digests
+    path = placement.packed_cache
+    digests = {name: stored_digest(part) for item in items for name, part in item.parts.items()}
+    identity = (fingerprint(config, packing, digests), target.dtype)
+    cached = read_packed_cache(path, *identity)
+    if cached is not None:
+        loaded, _ = _load_all(config, [item for item in items if item.layer is None], target, blocks.__setitem__)
+    else:
+        with PackedCacheWriter(path, config.num_layers) as writer:
+            loaded, _ = _load_all(config, items, target, writer.add)
+            writer.commit(*identity)
+        cached = read_packed_cache(path, *identity)
+        if cached is None:
+            raise CheckpointError(f"packed_cache {path}: was not read back as it was written: is the disk all right?")
+    return loaded, place(cached, target.device, placement), digests
+
+
+def _load_all(
+    config: BackboneConfig, items: list[_Item], target: _Target, keep: Callable[[int, Block], None]
+) -> tuple[dict[str, Tensor | NF4Weight], dict[str, str]]:
+    """Load every item, and hand each block to `keep` with its index as soon as it is complete.
+
+    Returns:
+        the weights outside of blocks, and the digests of what was stored, both by name.
     """
     # One buffer for everything that is converted: allocating and freeing each tensor leaves holes in the heap between
     # the packed weights, 100 MiB and more.
-    converted = [item.main.nbytes for item in items if not _is_kept(item, dtype, device, quantizer)]
+    converted = [item.main.nbytes for item in items if not target.keeps(item)]
     scratch = torch.empty(max(converted, default=0), dtype=torch.uint8)
     loaded: dict[str, Tensor | NF4Weight] = {}
     digests: dict[str, str] = {}
+    missing = Counter(item.layer for item in items)
     total = sum(part.nbytes for item in items for part in item.parts.values())
     with tqdm(total=total, desc="loading backbone", unit="B", unit_scale=True, disable=None, leave=False) as progress:
         for item in items:
-            buffer = None if _is_kept(item, dtype, device, quantizer) else scratch
-            tensors = {name: part.read(buffer) for name, part in item.parts.items()}
+            tensors = {name: part.read(None if target.keeps(item) else scratch) for name, part in item.parts.items()}
             for name, tensor in tensors.items():
-                digests[name] = _digest(tensor)
+                digests[name] = digest(tensor)
                 _require_finite(tensor, item.parts[name].label)
-            loaded[item.name] = _convert(item, tensors, dtype, device, quantizer)
+            loaded[item.name] = _convert(item, tensors, target)
+            missing[item.layer] -= 1
+            if item.layer is not None and not missing[item.layer]:
+                keep(item.layer, assemble_block(config, item.layer, loaded))
             progress.update(sum(part.nbytes for part in item.parts.values()))
     return loaded, digests
 
 
-def _is_kept(item: _Item, dtype: torch.dtype, device: torch.device, quantizer: bool | None) -> bool:
-    """Whether the bytes read from the file are the loaded weight itself, so that they need memory of their own."""
-    quantized = quantizer is not None and item.expected.linear
-    return item.packed or (device.type == "cpu" and item.main.dtype == dtype and not quantized)
-
-
-def _convert(
-    item: _Item, tensors: dict[str, Tensor], dtype: torch.dtype, device: torch.device, quantizer: bool | None
-) -> Tensor | NF4Weight:
+def _convert(item: _Item, tensors: dict[str, Tensor], target: _Target) -> Tensor | NF4Weight:
     """The weight of an item from its stored tensors: as bitsandbytes packed it, packed now, or in the compute dtype."""
+    home = target.device if item.layer is None else target.layers_device
     if item.packed:
         try:
             weight = NF4Weight.from_bitsandbytes(tensors, name=item.name)
@@ -230,14 +306,14 @@ def _convert(
                 f"{item.main.label}: expected shape {list(item.expected.shape)} from {CONFIG}, "
                 f"its quant_state says {list(weight.shape)}"
             )
-        return weight.to(device)
-    tensor = tensors[item.name].to(device)
-    if quantizer is not None and item.expected.linear:
+        return weight.to(home)
+    tensor = tensors[item.name].to(target.device)
+    if target.quantizes(item):
         source = tensor.float() if tensor.dtype == torch.float64 else tensor
-        return quantize_nf4(source, double_quant=quantizer)
-    converted = tensor.to(dtype)
-    _require_finite(converted, f"{item.main.label}: as {dtype}")
-    return converted
+        return quantize_nf4(source, double_quant=bool(target.quantizer)).to(home)
+    converted = tensor.to(target.dtype)
+    _require_finite(converted, f"{item.main.label}: as {target.dtype}")
+    return converted.to(home)
 
 
 def _require_finite(tensor: Tensor, label: str) -> None:
@@ -248,55 +324,39 @@ def _require_finite(tensor: Tensor, label: str) -> None:
             raise CheckpointError(f"{label}: holds non-finite values (NaN or infinity)")
 
 
-def _digest(tensor: Tensor) -> str:
-    """sha256 of up to eight evenly spaced spans of the values; floating ones count as fp32, however they are stored."""
-    flat = tensor.reshape(-1)
-    if flat.numel() > _SPANS * _SPAN_LENGTH:
-        last = flat.numel() - _SPAN_LENGTH
-        starts = [last * i // (_SPANS - 1) for i in range(_SPANS)]
-        flat = torch.cat([flat[start : start + _SPAN_LENGTH] for start in starts])
-    values = flat.to(torch.float32) if flat.is_floating_point() else flat
-    return hashlib.sha256(str(tuple(tensor.shape)).encode() + values.numpy().tobytes()).hexdigest()
+def assemble(config: BackboneConfig, loaded: dict[str, Tensor | NF4Weight]) -> tuple[Tensor, Layers, Tensor, Tensor]:
+    """Embedding, resident layers, final norm weight and head from all tensors by their names in a checkpoint."""
+    blocks = [assemble_block(config, index, loaded) for index in range(config.num_layers)]
+    return with_layers(config, loaded, Layers(blocks, blocks[0].attention_norm.device))
 
 
-def _fingerprint(config: BackboneConfig, packing: str, digests: Mapping[str, str]) -> str:
-    """See `Backbone.fingerprint`. Fields at their default are left out, so that a new field changes no old result."""
-    facts = {
-        entry.name: getattr(config, entry.name)
-        for entry in dataclasses.fields(config)
-        if getattr(config, entry.name) != entry.default
-    }
-    content = {"format": 1, "config": facts, "packing": packing, "tensors": dict(digests)}
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
-def assemble(
-    config: BackboneConfig, loaded: Mapping[str, Tensor | NF4Weight]
-) -> tuple[Tensor, list[Block], Tensor, Tensor]:
-    """Embedding, blocks, final norm weight and head from tensors by their names in a checkpoint."""
+def with_layers(
+    config: BackboneConfig, loaded: Mapping[str, Tensor | NF4Weight], layers: Layers
+) -> tuple[Tensor, Layers, Tensor, Tensor]:
+    """Embedding, the layers, final norm weight and head."""
     names = config.names
-
-    def linear(prefix: str) -> Linear:
-        return Linear(loaded[f"{prefix}.weight"], loaded.get(f"{prefix}.bias"))
-
-    blocks = []
-    for index in range(config.num_layers):
-        prefix = names.layer.format(index)
-        blocks.append(
-            Block(
-                attention_norm=loaded[prefix + names.attention_norm],
-                query=linear(prefix + names.query),
-                key=linear(prefix + names.key),
-                value=linear(prefix + names.value),
-                output=linear(prefix + names.output),
-                mlp_norm=loaded[prefix + names.mlp_norm],
-                gate=linear(prefix + names.gate),
-                up=linear(prefix + names.up),
-                down=linear(prefix + names.down),
-                query_norm=loaded.get(prefix + names.query_norm),
-                key_norm=loaded.get(prefix + names.key_norm),
-            )
-        )
     embedding = loaded[names.embedding]
     head = embedding if config.tie_word_embeddings else loaded[names.head]
-    return embedding, blocks, loaded[names.final_norm], head
+    return embedding, layers, loaded[names.final_norm], head
+
+
+def assemble_block(config: BackboneConfig, index: int, loaded: dict[str, Tensor | NF4Weight]) -> Block:
+    """A decoder block from its tensors by their names in a checkpoint, which are taken out of `loaded`."""
+    names, prefix = config.names, config.names.layer.format(index)
+
+    def linear(name: str) -> Linear:
+        return Linear(loaded.pop(f"{prefix}{name}.weight"), loaded.pop(f"{prefix}{name}.bias", None))
+
+    return Block(
+        attention_norm=loaded.pop(prefix + names.attention_norm),
+        query=linear(names.query),
+        key=linear(names.key),
+        value=linear(names.value),
+        output=linear(names.output),
+        mlp_norm=loaded.pop(prefix + names.mlp_norm),
+        gate=linear(names.gate),
+        up=linear(names.up),
+        down=linear(names.down),
+        query_norm=loaded.pop(prefix + names.query_norm, None),
+        key_norm=loaded.pop(prefix + names.key_norm, None),
+    )

@@ -1,7 +1,7 @@
 """Reading safetensors shards: header checked in full first, then one tensor at a time with plain reads.
 
-Tensors are read into memory of their own, never mapped: mapped pages count as resident memory of the process, and a
-file cut short while mapped kills it. Format: 8 bytes little-endian header length, JSON header, data
+Tensors of a checkpoint are read into memory of their own, never mapped: mapped pages count as resident memory of the
+process, and a file cut short while mapped kills it. Format: 8 bytes little-endian header length, JSON header, data
 (https://github.com/huggingface/safetensors).
 """
 
@@ -64,15 +64,24 @@ class StoredTensor:
             CheckpointError: the file ends early, because it changed since its header was read.
         """
         data = torch.empty(self.nbytes, dtype=torch.uint8) if scratch is None else scratch[: self.nbytes]
+        self._read_into(data, self.begin)
+        return data.view(self.dtype).reshape(self.shape)
+
+    def read_span(self, first: int, last: int) -> Tensor:
+        """Elements [first, last) of the flattened tensor, on the CPU. Raises as `read`."""
+        data = torch.empty((last - first) * self.dtype.itemsize, dtype=torch.uint8)
+        self._read_into(data, self.begin + first * self.dtype.itemsize)
+        return data.view(self.dtype)
+
+    def _read_into(self, data: Tensor, begin: int) -> None:
         with open(self.path, "rb", buffering=0) as file:
-            file.seek(self.begin)
+            file.seek(begin)
             view, done = memoryview(data.numpy()), 0
             while done < len(view):
                 count = file.readinto(view[done:])
                 if not count:
                     raise CheckpointError(f"{self.label}: file ends {len(view) - done} bytes early")
                 done += count
-        return data.view(self.dtype).reshape(self.shape)
 
 
 def parse_json(data: bytes | str, what: str) -> dict[str, Any]:
@@ -97,16 +106,8 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         CheckpointError: a truncated file, or a header that is not well-formed safetensors.
     """
     size = path.stat().st_size
-    with open(path, "rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
-            raise CheckpointError(
-                f"{path.name}: not a complete safetensors file: its header needs {length} bytes, the file has {size} "
-                "(was the download cut off?)"
-            )
-        header = parse_json(file.read(length), f"{path.name}: header")
+    header, start = _json_header(path)
     header.pop("__metadata__", None)
-    start = 8 + length
     tensors = [_stored_tensor(path, name, entry, start) for name, entry in header.items()]
     position = start
     for tensor in sorted(tensors, key=lambda tensor: (tensor.begin, tensor.end)):
@@ -117,6 +118,29 @@ def read_header(path: Path) -> dict[str, StoredTensor]:
         wrong = "truncated" if position > size else "has trailing bytes"
         raise CheckpointError(f"{path.name}: {wrong}: its header describes {position} bytes, the file has {size}")
     return {tensor.name: tensor for tensor in tensors}
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The free-form text entries of a shard's header.
+
+    Raises:
+        CheckpointError: no header, or one that is not well-formed.
+    """
+    metadata = _json_header(path)[0].get("__metadata__")
+    return metadata if isinstance(metadata, dict) else {}
+
+
+def _json_header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header and the byte where data begins."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
+            raise CheckpointError(
+                f"{path.name}: not a complete safetensors file: its header needs {length} bytes, the file has {size} "
+                "(was the download cut off?)"
+            )
+        return parse_json(file.read(length), f"{path.name}: header"), 8 + length
 
 
 def _stored_tensor(path: Path, name: str, entry: Any, start: int) -> StoredTensor:
