@@ -9,6 +9,7 @@ There is no batch dimension: hidden states are [T, D] and a `SequenceLayout` say
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -21,8 +22,22 @@ from transformers import AutoTokenizer, DynamicCache, PreTrainedConfig, PreTrain
 
 from engine.backbone.chunks import by_rows
 from engine.backbone.families import BackboneConfig, rotary_frequencies
+from engine.backbone.host_memory import pin, unpin
 from engine.sequence import SequenceLayout, attention, rotary_table
-from ladder_kernels import NF4Weight, Workspace, nf4_linear, nf4_swiglu, reference, rms_norm, rotary, swiglu_
+from ladder_kernels import (
+    HeadWeight,
+    Int8Weight,
+    NF4Weight,
+    Workspace,
+    embedding_rows,
+    head_logits,
+    nf4_linear,
+    nf4_swiglu,
+    reference,
+    rms_norm,
+    rotary,
+    swiglu_,
+)
 
 if TYPE_CHECKING:
     from engine.backbone.residency import Layers
@@ -89,8 +104,10 @@ class Backbone:
         hf_config: the transformers config object it was read from.
         source: path or hub id as the user gave it.
         folder: where the checkpoint's files lie, None for a backbone built in memory.
-        embedding: [V, D]; layers: the blocks, on the device or streamed to it; norm_weight: [D].
-        head_weight: [V, D], the same tensor as `embedding` where the family ties them.
+        embedding: [V, D] in host memory, pinned for a GPU, unless it is the head as well.
+        layers: the blocks, on the device or streamed to it; norm_weight: [D] on the device.
+        head_weight: [V, D] on the device, dense or packed; the same tensor as `embedding` where the family ties them
+            and it is dense.
     """
 
     def __init__(
@@ -100,7 +117,7 @@ class Backbone:
         embedding: Tensor,
         layers: Layers,
         norm_weight: Tensor,
-        head_weight: Tensor,
+        head_weight: HeadWeight,
         *,
         source: str = "",
         folder: Path | None = None,
@@ -116,17 +133,26 @@ class Backbone:
         self.folder = folder
         self._fingerprint = fingerprint
         frequencies, self._rotary_scale = rotary_frequencies(hf_config)
-        self._frequencies = frequencies.to(embedding.device)
+        self._frequencies = frequencies.to(self.device)
         self._workspace = Workspace()
+        self._pin_embedding()
 
     @property
     def device(self) -> torch.device:
-        return self.embedding.device
+        """Where hidden states are computed."""
+        return self.norm_weight.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The floating type of hidden states."""
-        return self.embedding.dtype
+        return self.norm_weight.dtype
+
+    @property
+    def head_dtype(self) -> str:
+        """What the head is kept as: "dense", "int8" or "nf4"."""
+        if isinstance(self.head_weight, Tensor):
+            return "dense"
+        return "int8" if isinstance(self.head_weight, Int8Weight) else "nf4"
 
     @property
     def blocks(self) -> Sequence[Block]:
@@ -172,7 +198,7 @@ class Backbone:
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """h_0 [T, D] of int64 ids [T]."""
-        return F.embedding(input_ids, self.embedding)
+        return embedding_rows(input_ids, self.embedding)
 
     def hidden_states(
         self, input_ids: Tensor, layout: SequenceLayout, cache: DynamicCache | None = None
@@ -254,13 +280,24 @@ class Backbone:
         """The frozen final RMSNorm of y [R, D]; differentiable in y, with the same bits where no gradient is wanted."""
         return reference.rms_norm(y, self.norm_weight, self.config.rms_norm_eps)
 
+    def logits(self, normed: Tensor) -> Tensor:
+        """[..., V] of normed hidden states [..., D]."""
+        return head_logits(normed, self.head_weight, workspace=self._workspace)
+
     def to(self, device: torch.device | str) -> Backbone:
-        """Move to another device, in place; streamed layers stay in host memory and are streamed there."""
+        """Move to another device, in place; the embedding (where it is not the head) and streamed layers stay in host
+        memory."""
         tied = self.head_weight is self.embedding
-        self.embedding = self.embedding.to(device)
-        self.head_weight = self.embedding if tied else self.head_weight.to(device)
+        self.head_weight = self.head_weight.to(device)
+        self.embedding = self.head_weight if tied else self.embedding
         self.norm_weight = self.norm_weight.to(device)
         self._frequencies = self._frequencies.to(device)
         self.layers.to(device)
         self._workspace = Workspace()
+        self._pin_embedding()
         return self
+
+    def _pin_embedding(self) -> None:
+        """So that a GPU gathers rows from host memory by itself; once, it stays pinned if the backbone moves."""
+        if self.device.type == "cuda" and self.embedding.is_cpu and not self.embedding.is_pinned():
+            weakref.finalize(self, unpin, pin([self.embedding], self.device), self.device).atexit = False
