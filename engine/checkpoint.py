@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from engine.backbone import Backbone
+from engine.backbone.loader import HEAD_DTYPES
 from engine.config import LadderConfig
 from engine.side_network import SideNetwork
 from ladder_kernels import NF4Weight
@@ -47,6 +48,7 @@ class BackboneRecord:
         dtype: compute dtype, as in "bfloat16".
         quantized: whether its linears are NF4.
         double_quant: whether their scales are quantized too.
+        head_dtype: what its head is kept as, one of `HEAD_DTYPES`.
     """
 
     source: str
@@ -54,6 +56,7 @@ class BackboneRecord:
     dtype: str
     quantized: bool
     double_quant: bool
+    head_dtype: str = "dense"
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -63,6 +66,10 @@ class BackboneRecord:
                 raise ValueError(f"backbone record: {field.name} must be a {expected.__name__}, got {value!r}")
         if not isinstance(getattr(torch, self.dtype, None), torch.dtype):
             raise ValueError(f"backbone record: dtype must name a torch dtype, got {self.dtype!r}")
+        if self.head_dtype not in HEAD_DTYPES:
+            raise ValueError(
+                f"backbone record: head_dtype must be one of {', '.join(HEAD_DTYPES)}, got {self.head_dtype[:40]!r}"
+            )
 
     @classmethod
     def of(cls, backbone: Backbone) -> BackboneRecord:
@@ -76,6 +83,7 @@ class BackboneRecord:
             dtype=str(backbone.dtype).removeprefix("torch."),
             quantized=quantized,
             double_quant=isinstance(weight, NF4Weight) and weight.double_quant,
+            head_dtype=backbone.head_dtype,
         )
 
     @property
@@ -88,6 +96,8 @@ class BackboneRecord:
             scheme = "not quantized"
         else:
             scheme = "NF4 with double quantization" if self.double_quant else "NF4"
+        if self.head_dtype != "dense":
+            scheme += f", head {self.head_dtype}"
         return f"{self.source} ({scheme}, fingerprint {self.fingerprint[:12]})"
 
 
@@ -166,7 +176,10 @@ def read_adapter(folder: str | Path) -> AdapterRecord:
         )
     try:
         _check_keys(content, ("format_version", "ladder", "backbone"))
-        _check_keys(content["backbone"], tuple(field.name for field in fields(BackboneRecord)))
+        names = {field.name for field in fields(BackboneRecord)}
+        if isinstance(content["backbone"], dict):
+            names -= {"head_dtype"} - content["backbone"].keys()  # adapters of before there was a choice lack it
+        _check_keys(content["backbone"], names)
         return AdapterRecord(LadderConfig.from_dict(content["ladder"]), BackboneRecord(**content["backbone"]))
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
@@ -235,7 +248,7 @@ def _read_weights(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tenso
         raise ValueError(f"{path}: not a complete safetensors file: {error}") from error
 
 
-def _check_keys(values: Any, expected: tuple[str, ...]) -> None:
+def _check_keys(values: Any, expected: Collection[str]) -> None:
     if not isinstance(values, dict) or set(values) != set(expected):
         got = sorted(str(key)[:40] for key in values)[:10] if isinstance(values, dict) else type(values).__name__
         raise ValueError(f"expected an object with the keys {sorted(expected)}, got {got}")

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -33,7 +32,7 @@ from engine.config import LadderConfig
 from engine.model_config import LadderModelConfig, generation_config, model_config
 from engine.rows import IGNORE_INDEX, Rows, enter, supervision
 from engine.side_network import SideNetwork
-from ladder_kernels import Workspace, linear_cross_entropy
+from ladder_kernels import Workspace, decode_head, linear_cross_entropy
 
 _SIDE_PREFIX = "model.side_network."
 
@@ -46,7 +45,7 @@ class LadderOutput(CausalLMOutputWithPast):
 
 
 class FrozenHead(nn.Module):
-    """The backbone's output matrix as a module without parameters: logits = hidden @ weight^T."""
+    """The backbone's output matrix, dense or packed, as a module without parameters: logits = hidden @ weight^T."""
 
     bias = None
 
@@ -56,12 +55,12 @@ class FrozenHead(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """[V, D] in the compute dtype."""
-        return self._backbone.head_weight
+        """[V, D] in the compute dtype; of a packed head a decoded copy."""
+        return decode_head(self._backbone.head_weight, self._backbone.dtype)
 
     def forward(self, hidden: Tensor) -> Tensor:
         """hidden [..., D] -> logits [..., V]."""
-        return F.linear(hidden, self.weight)
+        return self._backbone.logits(hidden)
 
 
 class _Shared:
@@ -227,6 +226,7 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
                     dtype=dtype if isinstance(dtype, torch.dtype) else record.backbone.torch_dtype,
                     quantize=record.backbone.quantized,
                     double_quant=record.backbone.double_quant,
+                    head_dtype=record.backbone.head_dtype,
                     device=device,
                     revision=revision,
                     **placement,
@@ -345,7 +345,7 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
         else:
             chosen, kept = rows.columns(logits_to_keep)
             hidden = self.model.combined(*self.model.run(rows, cache), chosen)
-            logits = kept.padded(F.linear(hidden, self.backbone.head_weight))
+            logits = kept.padded(self.backbone.logits(hidden))
         output = LadderOutput(loss=loss, logits=logits, past_key_values=cache, num_supervised=count)
         return output.to_tuple() if return_dict is False else output
 

@@ -9,6 +9,9 @@ from __future__ import annotations
 
 from ladder_kernels.attention import attention
 from ladder_kernels.elementwise import rms_norm, rotary, swiglu, swiglu_
+from ladder_kernels.embedding import embedding_rows
+from ladder_kernels.head import HeadWeight, decode_head, head_logits
+from ladder_kernels.int8 import Int8Weight, quantize_int8
 from ladder_kernels.linear_cross_entropy import linear_cross_entropy
 from ladder_kernels.nf4 import NF4Weight, dequantize_nf4, quantize_nf4
 from ladder_kernels.nf4_linear import nf4_linear, nf4_swiglu
@@ -17,14 +20,20 @@ from ladder_kernels.tap import tap
 from ladder_kernels.workspace import Workspace
 
 __all__ = [
+    "HeadWeight",
+    "Int8Weight",
     "NF4Weight",
     "SideLayerWeights",
     "Workspace",
     "attention",
+    "decode_head",
     "dequantize_nf4",
+    "embedding_rows",
+    "head_logits",
     "linear_cross_entropy",
     "nf4_linear",
     "nf4_swiglu",
+    "quantize_int8",
     "quantize_nf4",
     "rms_norm",
     "rotary",

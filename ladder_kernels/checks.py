@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from ladder_kernels.nf4_tensors import NF4Tensors
 from ladder_kernels.reference import ABSMAX_BLOCK, BLOCK_SIZES, IGNORE_INDEX
+
+if TYPE_CHECKING:
+    from ladder_kernels.head import HeadWeight
 
 SCRATCH_ALIGNMENT = 64  # bytes; torch's allocators give this much, so only an offset can spoil it
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -26,7 +30,7 @@ def check_dtype(op: str, name: str, dtype: torch.dtype, allowed: Sequence[torch.
         raise TypeError(f"{op}: expected {name} in {names(allowed)}, got {names([dtype])}")
 
 
-def check_shape(op: str, name: str, tensor: Tensor, expected: Sequence[int | str]) -> None:
+def check_shape(op: str, name: str, tensor: HeadWeight, expected: Sequence[int | str]) -> None:
     """Raise ValueError unless the shape matches; a string in `expected` stands for any size."""
     shape = tensor.shape
     if shape == expected:  # fast where all sizes are known: this runs some 500 times a token
@@ -39,7 +43,7 @@ def check_shape(op: str, name: str, tensor: Tensor, expected: Sequence[int | str
         raise ValueError(f"{op}: expected {name} of shape [{wanted}], got {list(shape)}")
 
 
-def check_device(op: str, name: str, tensor: Tensor, device: torch.device) -> None:
+def check_device(op: str, name: str, tensor: HeadWeight, device: torch.device) -> None:
     """Raise ValueError unless the tensor is on `device`."""
     if tensor.device != device:
         raise ValueError(f"{op}: expected {name} on {device}, got {tensor.device}; move it with .to({str(device)!r})")
@@ -154,15 +158,17 @@ def check_tap(h: Tensor, weight: Tensor, state: Tensor | None, gate: Tensor | No
         check_device(op, "gate", gate, h.device)
 
 
-def check_linear_cross_entropy(hidden: Tensor, head_weight: Tensor, targets: Tensor) -> None:
-    """Check hidden [R, D], head_weight [V, D] and targets int64 [R]."""
+def check_linear_cross_entropy(hidden: Tensor, head_weight: HeadWeight, targets: Tensor) -> None:
+    """Check hidden [R, D], head_weight [V, D], dense or packed, and targets int64 [R]."""
     op = "linear_cross_entropy"
+    is_dense = isinstance(head_weight, Tensor)
     check_shape(op, "hidden", hidden, ("R", "D"))
-    check_dtype(op, "hidden", hidden.dtype, (*COMPUTE_DTYPES, torch.float64))
+    check_dtype(op, "hidden", hidden.dtype, (*COMPUTE_DTYPES, torch.float64) if is_dense else COMPUTE_DTYPES)
     check_shape(op, "head_weight", head_weight, ("V", hidden.shape[1]))
     if head_weight.shape[0] == 0:
         raise ValueError(f"{op}: expected head_weight [V, D] with V > 0, got {list(head_weight.shape)}")
-    check_dtype(op, "head_weight", head_weight.dtype, (hidden.dtype,))
+    if is_dense:
+        check_dtype(op, "head_weight", head_weight.dtype, (hidden.dtype,))
     check_device(op, "head_weight", head_weight, hidden.device)
     check_shape(op, "targets", targets, (hidden.shape[0],))
     check_dtype(op, "targets", targets.dtype, (torch.int64,))
@@ -170,22 +176,41 @@ def check_linear_cross_entropy(hidden: Tensor, head_weight: Tensor, targets: Ten
 
 
 def check_logits(
-    hidden: Tensor, head_weight: Tensor, logits: Tensor, wide_logits: Tensor | None, *, needs_wide: bool
+    hidden: Tensor,
+    head_weight: HeadWeight,
+    logits: Tensor,
+    wide_logits: Tensor | None,
+    panels: Tensor | None,
+    sums: Tensor | None,
+    *,
+    needs_wide: bool,
 ) -> None:
-    """Check the scratch of `linear_cross_entropy`: logits [chunk, V], and fp32 wide_logits [chunk, V] where needed."""
+    """Check the scratch of `linear_cross_entropy`: logits [chunk, V], fp32 wide_logits [chunk, V] where needed, and of
+    a packed head panels [1 or 2, P, D] and, for 16 bits, fp32 sums [chunk, D]."""
     op = "linear_cross_entropy"
-    check_shape(op, "logits", logits, ("chunk", head_weight.shape[0]))
-    check_dtype(op, "logits", logits.dtype, (hidden.dtype,))
-    check_contiguous(op, "logits", logits)
-    check_device(op, "logits", logits, hidden.device)
+    vocabulary, width = head_weight.shape
+    check_shape(op, "logits", logits, ("chunk", vocabulary))
     if logits.shape[0] == 0:
         raise ValueError(f"{op}: expected logits [chunk, V] of at least one row, got {list(logits.shape)}")
     if needs_wide and wide_logits is None:
         raise ValueError(f"{op}: expected wide_logits, float32 scratch of shape {list(logits.shape)}, got None")
-    if wide_logits is not None:
-        check_shape(op, "wide_logits", wide_logits, logits.shape)
-        check_dtype(op, "wide_logits", wide_logits.dtype, (torch.float32,))
-        check_device(op, "wide_logits", wide_logits, hidden.device)
+    if not isinstance(head_weight, Tensor):
+        if panels is None or (sums is None and hidden.dtype.itemsize == 2):
+            raise ValueError(f"{op}: expected panels and, for 16 bits, sums as scratch of a packed head, got None")
+        if panels.dim() == 3 and min(panels.shape) == 0:
+            raise ValueError(f"{op}: expected panels [1 or 2, P, D] of at least one row, got {list(panels.shape)}")
+    expected: tuple[tuple[str, Tensor | None, tuple[int | str, ...], torch.dtype], ...] = (
+        ("logits", logits, ("chunk", vocabulary), hidden.dtype),
+        ("wide_logits", wide_logits, (logits.shape[0], vocabulary), torch.float32),
+        ("panels", panels, ("count", "P", width), hidden.dtype),
+        ("sums", sums, (logits.shape[0], width), torch.float32),
+    )
+    for name, tensor, shape, dtype in expected:
+        if tensor is not None:
+            check_shape(op, name, tensor, shape)
+            check_dtype(op, name, tensor.dtype, (dtype,))
+            check_contiguous(op, name, tensor)
+            check_device(op, name, tensor, hidden.device)
 
 
 def check_targets(targets: Tensor, vocabulary: int) -> None:

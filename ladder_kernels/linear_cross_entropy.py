@@ -10,7 +10,7 @@ unfused head does.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,37 +18,56 @@ from torch import Tensor
 from ladder_kernels import native, reference
 from ladder_kernels.checks import check_linear_cross_entropy, check_logits, check_no_gradient, check_targets
 from ladder_kernels.dispatch import runs_eagerly, uses_triton
+from ladder_kernels.head import HeadWeight, head_from_tensors, head_panels, head_tensors, logits_dx_into, logits_into
 from ladder_kernels.launch import logit_chunk_bytes, logit_rows
 from ladder_kernels.workspace import Workspace
 
 
+class _Scratch(NamedTuple):
+    """Memory that is written to: logits [chunk, V] in the dtype of hidden, wide_logits as fp32 where torch computes
+    their softmax, and for a packed head panels [1 or 2, P, D] and for 16 bits sums fp32 [chunk, D]."""
+
+    logits: Tensor
+    wide_logits: Tensor | None
+    panels: Tensor | None
+    sums: Tensor | None
+
+
 @torch.library.custom_op(
     "ladder::linear_cross_entropy",
-    mutates_args=("logits", "wide_logits"),
-    schema="(Tensor hidden, Tensor head_weight, Tensor targets, Tensor(a!) logits, Tensor(b!)? wide_logits,"
-    " bool need_grad) -> (Tensor, Tensor)",
+    mutates_args=("logits", "wide_logits", "panels", "sums"),
+    schema="(Tensor hidden, Tensor[] head, int block_size, Tensor targets, Tensor(a!) logits, Tensor(b!)? wide_logits,"
+    " Tensor(c!)? panels, Tensor(d!)? sums, bool need_grad) -> (Tensor, Tensor)",
 )
 def _linear_cross_entropy(
-    hidden: Tensor, head_weight: Tensor, targets: Tensor, logits: Tensor, wide_logits: Tensor | None, need_grad: bool
+    hidden: Tensor, head: list[Tensor], block_size: int, targets: Tensor, *scratch_and_need_grad: Any
 ) -> tuple[Tensor, Tensor]:
-    _check(hidden, head_weight, targets, logits, wide_logits)
+    *tensors, need_grad = scratch_and_need_grad
+    scratch = _Scratch(*tensors)
+    weight = _checked_head(hidden, head, block_size, targets, scratch)
     if hidden.device.type == "cpu":
-        check_targets(targets, head_weight.shape[0])
-    return _compute_here(hidden, head_weight, targets, logits, wide_logits, need_grad)
+        check_targets(targets, weight.shape[0])
+    return _compute_here(hidden, weight, targets, scratch, need_grad)
 
 
 @_linear_cross_entropy.register_fake
 def _(
-    hidden: Tensor, head_weight: Tensor, targets: Tensor, logits: Tensor, wide_logits: Tensor | None, need_grad: bool
+    hidden: Tensor, head: list[Tensor], block_size: int, targets: Tensor, *scratch_and_need_grad: Any
 ) -> tuple[Tensor, Tensor]:
-    _check(hidden, head_weight, targets, logits, wide_logits)
+    *tensors, need_grad = scratch_and_need_grad
+    _checked_head(hidden, head, block_size, targets, _Scratch(*tensors))
     loss = hidden.new_empty((), dtype=torch.promote_types(hidden.dtype, torch.float32))
     return loss, torch.empty_like(hidden) if need_grad else hidden.new_empty(0)
 
 
-def _check(hidden: Tensor, head_weight: Tensor, targets: Tensor, logits: Tensor, wide_logits: Tensor | None) -> None:
-    check_linear_cross_entropy(hidden, head_weight, targets)
-    check_logits(hidden, head_weight, logits, wide_logits, needs_wide=_needs_wide_logits(hidden))
+def _checked_head(
+    hidden: Tensor, head: list[Tensor], block_size: int, targets: Tensor, scratch: _Scratch
+) -> HeadWeight:
+    shape = (scratch.logits.shape[-1], hidden.shape[-1])
+    weight = head_from_tensors(head, block_size, shape, hidden.dtype)
+    check_linear_cross_entropy(hidden, weight, targets)
+    check_logits(hidden, weight, *scratch, needs_wide=_needs_wide_logits(hidden))
+    return weight
 
 
 def _is_native(hidden: Tensor) -> bool:
@@ -61,20 +80,21 @@ def _needs_wide_logits(hidden: Tensor) -> bool:
 
 
 def _compute_here(
-    hidden: Tensor, head_weight: Tensor, targets: Tensor, logits: Tensor, wide_logits: Tensor | None, need_grad: bool
+    hidden: Tensor, weight: HeadWeight, targets: Tensor, scratch: _Scratch, need_grad: bool
 ) -> tuple[Tensor, Tensor]:
     """Sum of the losses, fp32 (fp64 for fp64), and dhidden [R, D] (empty [0] without need_grad)."""
+    logits, wide_logits, panels, sums = scratch
     targets = targets.contiguous()
     losses = hidden.new_zeros(hidden.shape[0], dtype=torch.promote_types(hidden.dtype, torch.float32))
     dhidden = torch.empty_like(hidden) if need_grad else hidden.new_empty(0)
     for begin in range(0, hidden.shape[0], logits.shape[0]):
         rows = slice(begin, begin + logits.shape[0])
         size = hidden[rows].shape[0]
-        chunk = torch.mm(hidden[rows], head_weight.T, out=logits[:size])
+        chunk = logits_into(logits[:size], hidden[rows], weight, panels)
         wide_chunk = None if wide_logits is None else wide_logits[:size]
         _softmax(chunk, targets[rows], losses[rows], wide_chunk, need_grad)
         if need_grad:
-            torch.mm(chunk, head_weight, out=dhidden[rows])
+            logits_dx_into(dhidden[rows], chunk, weight, panels, sums)
     return losses.sum(), dhidden
 
 
@@ -94,10 +114,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """Autograd around the op. (`register_autograd` refuses ops that write to an argument, here the scratch.)"""
 
     @staticmethod
-    def forward(
-        ctx: Any, hidden: Tensor, head_weight: Tensor, targets: Tensor, logits: Tensor, wide_logits: Tensor | None
-    ) -> Tensor:
-        loss, dhidden = _compute(hidden, head_weight, targets, logits, wide_logits, True)
+    def forward(ctx: Any, hidden: Tensor, weight: HeadWeight, targets: Tensor, scratch: _Scratch) -> Tensor:
+        loss, dhidden = _compute(hidden, weight, targets, scratch, True)
         ctx.save_for_backward(dhidden)
         return loss
 
@@ -105,19 +123,21 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dloss: Tensor) -> tuple[Tensor | None, ...]:
         (dhidden,) = ctx.saved_tensors
-        return dhidden * dloss, None, None, None, None
+        return dhidden * dloss, None, None, None
 
 
 def _compute(
-    hidden: Tensor, head_weight: Tensor, targets: Tensor, logits: Tensor, wide_logits: Tensor | None, need_grad: bool
+    hidden: Tensor, weight: HeadWeight, targets: Tensor, scratch: _Scratch, need_grad: bool
 ) -> tuple[Tensor, Tensor]:
-    op = _compute_here if runs_eagerly(hidden, head_weight, targets) else _linear_cross_entropy
-    return op(hidden, head_weight, targets, logits, wide_logits, need_grad)
+    head, block_size = head_tensors(weight)
+    if runs_eagerly(hidden, *head, targets):
+        return _compute_here(hidden, weight, targets, scratch, need_grad)
+    return _linear_cross_entropy(hidden, head, block_size, targets, *scratch, need_grad)
 
 
 def linear_cross_entropy(
     hidden: Tensor,
-    head_weight: Tensor,
+    head_weight: HeadWeight,
     targets: Tensor,
     *,
     chunk_bytes: int | None = None,
@@ -127,10 +147,11 @@ def linear_cross_entropy(
 
     Args:
         hidden: [R, D] fp32, bf16, fp16 (or fp64), the supervised rows only, after the final norm.
-        head_weight: [V, D] in hidden.dtype, frozen.
+        head_weight: [V, D], frozen: dense in hidden.dtype, or packed as int8 or NF4 (not with fp64), which is decoded
+            panel by panel for every chunk, twice.
         targets: int64 [R]; -100 pads a bucket and contributes nothing.
         chunk_bytes: budget of the logits buffer, counted in at least fp32; `launch.logit_chunk_bytes` by default.
-        workspace: keeps that buffer between calls. Without one it is allocated for this call.
+        workspace: keeps that buffer and the panels between calls. Without one they are allocated for this call.
 
     Returns:
         The sum, 0-dim, in fp32 (fp64 for fp64 inputs); 0 for R = 0.
@@ -141,21 +162,27 @@ def linear_cross_entropy(
     """
     op = "linear_cross_entropy"
     check_linear_cross_entropy(hidden, head_weight, targets)
-    check_no_gradient(op, "head_weight", head_weight, "the head is frozen: call head_weight.requires_grad_(False)")
+    if isinstance(head_weight, Tensor):
+        check_no_gradient(op, "head_weight", head_weight, "the head is frozen: call head_weight.requires_grad_(False)")
     if chunk_bytes is None:
         chunk_bytes = logit_chunk_bytes(hidden.device.type)
     if chunk_bytes <= 0:
         raise ValueError(f"{op}: expected positive chunk_bytes, got {chunk_bytes}")
     if targets.device.type == "cpu" and runs_eagerly(targets):
         check_targets(targets, head_weight.shape[0])
-    vocabulary = head_weight.shape[0]
+    vocabulary, width = head_weight.shape
     wide = torch.promote_types(hidden.dtype, torch.float32)
-    shape = (logit_rows(hidden.shape[0], vocabulary, wide.itemsize, chunk_bytes), vocabulary)
+    chunk = logit_rows(hidden.shape[0], vocabulary, wide.itemsize, chunk_bytes)
     workspace = Workspace() if workspace is None else workspace
-    logits = workspace.take("logits", shape, hidden.dtype, hidden.device)
-    needs_wide = _needs_wide_logits(hidden)
-    wide_logits = workspace.take("wide_logits", shape, wide, hidden.device) if needs_wide else None
+    device, needs_wide = hidden.device, _needs_wide_logits(hidden)
+    panels = head_panels(hidden, chunk, head_weight, workspace)
+    scratch = _Scratch(
+        workspace.take("logits", (chunk, vocabulary), hidden.dtype, device),
+        workspace.take("wide_logits", (chunk, vocabulary), wide, device) if needs_wide else None,
+        panels,
+        None if panels is None or wide == hidden.dtype else workspace.take("head_sums", (chunk, width), wide, device),
+    )
     if hidden.requires_grad and torch.is_grad_enabled():
-        return _LinearCrossEntropy.apply(hidden, head_weight, targets, logits, wide_logits)
+        return _LinearCrossEntropy.apply(hidden, head_weight, targets, scratch)
     with torch.no_grad():
-        return _compute(hidden, head_weight, targets, logits, wide_logits, False)[0]
+        return _compute(hidden, head_weight, targets, scratch, False)[0]

@@ -10,6 +10,7 @@ Forward only: the backbone runs without gradients, so there is nothing to save.
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -31,6 +32,7 @@ from ladder_kernels.elementwise import swiglu_
 from ladder_kernels.launch import FEW_TOKENS, GpuLinearPlan, LinearPlan, linear_plan, wide_scratch
 from ladder_kernels.nf4 import NF4Weight, dequantize_rows
 from ladder_kernels.nf4_tensors import NF4_SCHEMA, NF4Tensors
+from ladder_kernels.panels import panel_linear
 from ladder_kernels.workspace import Workspace
 
 _INSTEAD = "the NF4 backbone is frozen and runs forward only: call it under torch.no_grad()"
@@ -79,22 +81,10 @@ def _multiply(
     elif plan.wide_tokens:
         _multiply_wide_panels(flat, bias, scratch, nf4, plan, out)
     else:
-        panel = scratch[: plan.scratch_bytes].view(x.dtype).view(plan.panel_rows, x.shape[-1])
-        _multiply_panels(flat, bias, panel, nf4, out)
+        panels = scratch[: plan.scratch_bytes].view(x.dtype).view(1, plan.panel_rows, x.shape[-1])
+        panel_linear(flat, functools.partial(dequantize_rows, nf4), bias, panels, out)
     out = out if x.dim() == 2 else out.view(*x.shape[:-1], rows)
     return out if residual is None else out.add_(residual)
-
-
-def _multiply_panels(flat: Tensor, bias: Tensor | None, panel: Tensor, nf4: NF4Tensors, out: Tensor) -> None:
-    rows = out.shape[1]
-    for begin in range(0, rows, panel.shape[0]):
-        end = min(begin + panel.shape[0], rows)
-        part = panel[: end - begin]
-        dequantize_rows(nf4, begin, part)
-        if bias is None:
-            torch.mm(flat, part.T, out=out[:, begin:end])
-        else:
-            torch.addmm(bias[begin:end], flat, part.T, out=out[:, begin:end])
 
 
 def _multiply_wide_panels(

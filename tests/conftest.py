@@ -29,6 +29,7 @@ KERNEL_TESTS = (
     "test_tap",
     "test_side_layer",
     "test_linear_cross_entropy",
+    "test_head",
     "test_elementwise",
     "test_ops",
     "test_native",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import pytest
 import torch
@@ -12,8 +13,9 @@ from torch import Tensor
 
 from ladder_kernels import NF4Weight, dequantize_nf4, nf4_linear, nf4_swiglu, quantize_nf4, reference
 from ladder_kernels.gpu import nf4_linear as gpu
-from ladder_kernels.gpu.nf4_panels import nf4_linear_dx
 from ladder_kernels.launch import GemmConfig, GpuLinearPlan, gemm_config, gpu_linear_plan, gpu_panel_rows
+from ladder_kernels.nf4 import dequantize_rows
+from ladder_kernels.panels import panel_linear_dx
 
 pytestmark = pytest.mark.gpu
 
@@ -179,7 +181,8 @@ def test_panels(gpu_device, panel_rows, dtype):
     dy = torch.randn(tokens, rows, device=gpu_device).to(dtype)
     matrix = dequantize_nf4(weight, dtype)
     panels, dx = torch.empty(count, panel_rows, cols, dtype=dtype, device=gpu_device), torch.empty_like(x)
-    nf4_linear_dx(dy, weight.tensors, cols, panels, dx)
+    sums = torch.full((tokens, cols), float("nan"), device=gpu_device)
+    panel_linear_dx(dy, partial(dequantize_rows, weight.tensors), panels, sums, dx)
     assert_close_to_truth("dx", dx, dy.double() @ matrix.double(), dy @ matrix)
 
 

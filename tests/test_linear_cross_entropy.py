@@ -172,7 +172,9 @@ def test_wrong_arguments():
         with pytest.raises(ValueError, match=rf"expected targets in \[0, 9\) or -100, got {wrong} in row 3"):
             linear_cross_entropy(hidden, head_weight, spoiled)
         with pytest.raises(ValueError, match=f"got {wrong} in row 3"):
-            torch.ops.ladder.linear_cross_entropy(hidden, head_weight, spoiled, torch.zeros(2, 9), None, True)
+            torch.ops.ladder.linear_cross_entropy(
+                hidden, [head_weight], 0, spoiled, torch.zeros(2, 9), None, None, None, True
+            )
     with pytest.raises(ValueError, match=r"expected head_weight of shape \[V, 5\], got \[9, 4\]"):
         linear_cross_entropy(hidden, head_weight[:, :4], targets)
     with pytest.raises(TypeError, match="expected head_weight in float32, got bfloat16"):
@@ -189,7 +191,7 @@ def test_wrong_arguments():
         (torch.zeros(2, 18)[:, ::2], "contiguous logits"),
     ):
         with pytest.raises(ValueError, match=message):
-            torch.ops.ladder.linear_cross_entropy(hidden, head_weight, targets, logits, None, True)
+            torch.ops.ladder.linear_cross_entropy(hidden, [head_weight], 0, targets, logits, None, None, None, True)
     with pytest.raises(ValueError, match="expected positive chunk_bytes, got 0"):
         linear_cross_entropy(hidden, head_weight, targets, chunk_bytes=0)
     with pytest.raises(ValueError, match=r"expected head_weight \[V, D\] with V > 0, got \[0, 5\]"):

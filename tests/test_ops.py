@@ -7,7 +7,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ladder_kernels import Workspace, dequantize_nf4, linear_cross_entropy, nf4_linear, quantize_nf4, tap
+from ladder_kernels import Workspace, dequantize_nf4, linear_cross_entropy, nf4_linear, quantize_int8, quantize_nf4, tap
+from ladder_kernels.head import head_tensors
 
 # (T, K, N): aligned, ragged, tiny
 SHAPES = [(8, 64, 32), (5, 13, 7), (1, 1, 1)]
@@ -59,9 +60,14 @@ def test_linear_cross_entropy(shape, dtype, need_grad):
     logits = torch.zeros(2, vocabulary, dtype=dtype)
     wide_logits = None if dtype == torch.float32 else torch.zeros(2, vocabulary)
     hidden, head_weight = torch.randn(rows, width, dtype=dtype), torch.randn(vocabulary, width, dtype=dtype)
-    opcheck(
-        torch.ops.ladder.linear_cross_entropy.default, (hidden, head_weight, targets, logits, wide_logits, need_grad)
-    )
+    for head in (head_weight, quantize_int8(head_weight), quantize_nf4(head_weight)):
+        panels = sums = None
+        if head is not head_weight:
+            panels, sums = torch.zeros(1, 3, width, dtype=dtype), torch.zeros(2, width)
+        scratch = (logits, wide_logits, panels, sums)
+        opcheck(
+            torch.ops.ladder.linear_cross_entropy.default, (hidden, *head_tensors(head), targets, *scratch, need_grad)
+        )
 
 
 class Recorder(TorchDispatchMode):

@@ -9,6 +9,7 @@ There is no batch dimension: hidden states are [T, D] and a `SequenceLayout` say
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -19,9 +20,24 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoTokenizer, DynamicCache, PreTrainedConfig, PreTrainedTokenizerBase
 
+from engine.backbone.chunks import by_rows
 from engine.backbone.families import BackboneConfig, rotary_frequencies
+from engine.backbone.host_memory import pin, unpin
 from engine.sequence import SequenceLayout, attention, rotary_table
-from ladder_kernels import NF4Weight, Workspace, nf4_linear, nf4_swiglu, reference, rms_norm, rotary, swiglu_
+from ladder_kernels import (
+    HeadWeight,
+    Int8Weight,
+    NF4Weight,
+    Workspace,
+    embedding_rows,
+    head_logits,
+    nf4_linear,
+    nf4_swiglu,
+    reference,
+    rms_norm,
+    rotary,
+    swiglu_,
+)
 
 if TYPE_CHECKING:
     from engine.backbone.residency import Layers
@@ -93,8 +109,10 @@ class Backbone:
         hf_config: the transformers config object it was read from.
         source: path or hub id as the user gave it.
         folder: where the checkpoint's files lie, None for a backbone built in memory.
-        embedding: [V, D]; layers: the blocks, on the device or streamed to it; norm_weight: [D].
-        head_weight: [V, D], the same tensor as `embedding` where the family ties them.
+        embedding: [V, D] in host memory, pinned for a GPU, unless it is the head as well.
+        layers: the blocks, on the device or streamed to it; norm_weight: [D] on the device.
+        head_weight: [V, D] on the device, dense or packed; the same tensor as `embedding` where the family ties them
+            and it is dense.
     """
 
     def __init__(
@@ -104,7 +122,7 @@ class Backbone:
         embedding: Tensor,
         layers: Layers,
         norm_weight: Tensor,
-        head_weight: Tensor,
+        head_weight: HeadWeight,
         *,
         source: str = "",
         folder: Path | None = None,
@@ -120,17 +138,26 @@ class Backbone:
         self.folder = folder
         self._fingerprint = fingerprint
         frequencies, self._rotary_scale = rotary_frequencies(hf_config)
-        self._frequencies = frequencies.to(embedding.device)
+        self._frequencies = frequencies.to(self.device)
         self._workspace = Workspace()
+        self._pin_embedding()
 
     @property
     def device(self) -> torch.device:
-        return self.embedding.device
+        """Where hidden states are computed."""
+        return self.norm_weight.device
 
     @property
     def dtype(self) -> torch.dtype:
         """The floating type of hidden states."""
-        return self.embedding.dtype
+        return self.norm_weight.dtype
+
+    @property
+    def head_dtype(self) -> str:
+        """What the head is kept as: "dense", "int8" or "nf4"."""
+        if isinstance(self.head_weight, Tensor):
+            return "dense"
+        return "int8" if isinstance(self.head_weight, Int8Weight) else "nf4"
 
     @property
     def blocks(self) -> Sequence[Block]:
@@ -176,7 +203,7 @@ class Backbone:
 
     def embed(self, input_ids: Tensor) -> Tensor:
         """h_0 [T, D] of int64 ids [T]."""
-        return F.embedding(input_ids, self.embedding)
+        return embedding_rows(input_ids, self.embedding)
 
     def hidden_states(
         self, input_ids: Tensor, layout: SequenceLayout, cache: DynamicCache | None = None
@@ -211,6 +238,23 @@ class Backbone:
         cache: DynamicCache | None,
     ) -> Tensor:
         """hidden + W_o attention(x), x the normed hidden states."""
+        config, itemsize = self.config, hidden.element_size()
+        mixed_width, heads = config.num_heads * config.head_dim, config.num_heads + 2 * config.num_kv_heads
+
+        def project(hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+            return self._heads(block, hidden, cos, sin)
+
+        def add(mixed: Tensor, hidden: Tensor) -> tuple[Tensor]:
+            return (block.output(mixed, self._workspace, hidden),)
+
+        projected_bytes = (config.hidden_size + 2 * heads * config.head_dim) * itemsize
+        query, key, value = by_rows(project, (hidden, *tables), projected_bytes)
+        mixed = attention(query, key, value, layout, window=config.layer_windows[index], cache=cache, layer=index)
+        del query, key, value
+        return by_rows(add, (mixed, hidden), (mixed_width + config.hidden_size) * itemsize)[0]
+
+    def _heads(self, block: Block, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [T, Hq, d], keys and values [T, Hkv, d] of hidden states [T, D], rotated."""
         config = self.config
         x = rms_norm(hidden, block.attention_norm, config.rms_norm_eps)
         query = block.query(x, self._workspace).unflatten(-1, (config.num_heads, config.head_dim))
@@ -219,31 +263,46 @@ class Backbone:
         if block.query_norm is not None and block.key_norm is not None:
             query = rms_norm(query, block.query_norm, config.rms_norm_eps)
             key = rms_norm(key, block.key_norm, config.rms_norm_eps)
-        query, key = rotary(query, *tables), rotary(key, *tables)
-        mixed = attention(query, key, value, layout, window=config.layer_windows[index], cache=cache, layer=index)
-        return block.output(mixed, self._workspace, hidden)
+        return rotary(query, cos, sin), rotary(key, cos, sin), value
 
     def _mlp(self, block: Block, hidden: Tensor) -> Tensor:
-        """hidden + W_down(silu(W_gate x) * W_up x)."""
-        x = rms_norm(hidden, block.mlp_norm, self.config.rms_norm_eps)
-        gate, up = block.gate, block.up
-        if isinstance(gate.weight, NF4Weight) and isinstance(up.weight, NF4Weight) and gate.bias is up.bias is None:
-            activated = nf4_swiglu(x, gate.weight, up.weight, workspace=self._workspace)
-        else:
-            activated = swiglu_(gate(x, self._workspace), up(x, self._workspace))
-        return block.down(activated, self._workspace, hidden)
+        """hidden + W_down(silu(W_gate x) * W_up x), in the memory of hidden where that is long."""
+        config = self.config
+
+        def mlp(hidden: Tensor) -> tuple[Tensor]:
+            x = rms_norm(hidden, block.mlp_norm, config.rms_norm_eps)
+            gate, up = block.gate, block.up
+            if isinstance(gate.weight, NF4Weight) and isinstance(up.weight, NF4Weight) and gate.bias is up.bias is None:
+                activated = nf4_swiglu(x, gate.weight, up.weight, workspace=self._workspace)
+            else:
+                activated = swiglu_(gate(x, self._workspace), up(x, self._workspace))
+            return (block.down(activated, self._workspace, hidden),)
+
+        width = 2 * (config.hidden_size + config.intermediate_size)
+        return by_rows(mlp, (hidden,), width * hidden.element_size(), out=(hidden,))[0]
 
     def final_norm(self, y: Tensor) -> Tensor:
         """The frozen final RMSNorm of y [R, D]; differentiable in y, with the same bits where no gradient is wanted."""
         return reference.rms_norm(y, self.norm_weight, self.config.rms_norm_eps)
 
+    def logits(self, normed: Tensor) -> Tensor:
+        """[..., V] of normed hidden states [..., D]."""
+        return head_logits(normed, self.head_weight, workspace=self._workspace)
+
     def to(self, device: torch.device | str) -> Backbone:
-        """Move to another device, in place; streamed layers stay in host memory and are streamed there."""
+        """Move to another device, in place; the embedding (where it is not the head) and streamed layers stay in host
+        memory."""
         tied = self.head_weight is self.embedding
-        self.embedding = self.embedding.to(device)
-        self.head_weight = self.embedding if tied else self.head_weight.to(device)
+        self.head_weight = self.head_weight.to(device)
+        self.embedding = self.head_weight if tied else self.embedding
         self.norm_weight = self.norm_weight.to(device)
         self._frequencies = self._frequencies.to(device)
         self.layers.to(device)
         self._workspace = Workspace()
+        self._pin_embedding()
         return self
+
+    def _pin_embedding(self) -> None:
+        """So that a GPU gathers rows from host memory by itself; once, it stays pinned if the backbone moves."""
+        if self.device.type == "cuda" and self.embedding.is_cpu and not self.embedding.is_pinned():
+            weakref.finalize(self, unpin, pin([self.embedding], self.device), self.device).atexit = False

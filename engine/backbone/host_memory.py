@@ -68,9 +68,9 @@ def pin(buffers: Sequence[Tensor], device: torch.device) -> list[Tensor]:
                 torch.zeros(1, device=device)
             done, total = (sum(b.nbytes for b in part) / 1e9 for part in (buffers[:count], buffers))
             warnings.warn(
-                f"only {done:.2f} of {total:.2f} GB of backbone layers could be pinned in host memory "
-                f"(cudaHostRegister: {runtime.cudaGetErrorString(error)}); the others are streamed from pageable "
-                "memory, which is slower. Free host memory, or raise the limit of the container or virtual machine",
+                f"only {done:.2f} of {total:.2f} GB of the backbone's host memory could be pinned "
+                f"(cudaHostRegister: {runtime.cudaGetErrorString(error)}); the rest is copied as pageable memory, "
+                "which is slower. Free host memory, or raise the limit of the container or virtual machine",
                 RuntimeWarning,
                 stacklevel=2,
             )

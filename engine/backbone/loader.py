@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +37,9 @@ from engine.backbone.packed_cache import PackedCacheWriter, read_packed_cache
 from engine.backbone.residency import Layers, Placement, place
 from engine.backbone.shards import CheckpointError, StoredTensor
 from engine.dtypes import compute_dtype
-from ladder_kernels import NF4Weight, quantize_nf4
+from ladder_kernels import HeadWeight, NF4Weight, quantize_int8, quantize_nf4
 
+HEAD_DTYPES = ("dense", "int8", "nf4")
 COMPUTE_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _QUANT_STATE = ".quant_state.bitsandbytes__nf4"
 _PACKED_PARTS = ("", ".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map", _QUANT_STATE)
@@ -66,20 +68,34 @@ class _Item:
 
 @dataclass(frozen=True)
 class _Target:
-    """What checkpoint tensors become: `quantizer` is double_quant for dense linears, or None to leave them dense."""
+    """What checkpoint tensors become: `quantizer` is double_quant for dense linears, or None to leave them dense.
+
+    `hosted` is the name of the embedding, where it stays in host memory; `pack_head` and `head` say what to make of the
+    tensor of that name.
+    """
 
     dtype: torch.dtype
     device: torch.device
     quantizer: bool | None
     layers_device: torch.device
+    hosted: str | None
+    head: str
+    pack_head: Callable[[Tensor], HeadWeight] | None
 
     def quantizes(self, item: _Item) -> bool:
         return self.quantizer is not None and item.expected.linear and not item.packed
 
+    def packs(self, item: _Item) -> bool:
+        return self.pack_head is not None and item.name == self.head
+
+    def computes_on(self, item: _Item) -> torch.device:
+        """Where a tensor is converted."""
+        return torch.device("cpu") if item.name == self.hosted else self.device
+
     def keeps(self, item: _Item) -> bool:
         """Whether the bytes read from the file are the loaded weight itself, so that they need their own memory."""
-        same = self.device.type == "cpu" and item.main.dtype == self.dtype
-        return item.packed or (same and not self.quantizes(item))
+        same = self.computes_on(item).type == "cpu" and item.main.dtype == self.dtype
+        return item.packed or (same and not self.quantizes(item) and not self.packs(item))
 
 
 def load_backbone(
@@ -94,6 +110,7 @@ def load_backbone(
     memory_budget: int | None = None,
     prefetch: int = 1,
     packed_cache: str | Path | None = None,
+    head_dtype: str = "dense",
 ) -> Backbone:
     """Load a frozen backbone from a local folder or a hub id in Hugging Face layout. Only safetensors are read.
 
@@ -112,8 +129,18 @@ def load_backbone(
         memory_budget: bytes on the device for the layers, staging buffers included, with "auto".
         prefetch: how many layers are fetched ahead, 1 or 2; there is one staging buffer more.
         packed_cache: a file that the packed layers are written to, once, and mapped from: the next load does not
+<<<<<<< HEAD
             quantize, streamed layers need no memory of their own, and processes share what is in memory of it. Mapped
             memory is not pinned, so it is copied more slowly.
+||||||| 979dd28
+            quantize, and streamed layers need no memory of their own. Mapped memory is not pinned, so it is copied more
+            slowly.
+=======
+            quantize, and streamed layers need no memory of their own. Mapped memory is not pinned, so it is copied more
+            slowly.
+        head_dtype: "dense" keeps the head in `dtype`; "int8" (one scale a row) halves 16 bits, "nf4" quarters them.
+            Both are decoded in panels where they are multiplied.
+>>>>>>> 5c1c97ade1358fcb2e7d257038ae4922406c54d1
 
     Raises:
         ValueError: anything wrong with the arguments, the checkpoint or the cache, or too little memory for what is
@@ -126,6 +153,10 @@ def load_backbone(
         raise ValueError(f"dtype: expected one of {', '.join(map(str, COMPUTE_DTYPES))}, got {dtype}")
     if dtype == torch.float64 and quantize:
         raise ValueError("dtype torch.float64 needs quantize=False: NF4 decodes to 32 or 16 bits")
+    if head_dtype not in HEAD_DTYPES:
+        raise ValueError(f"head_dtype: expected one of {', '.join(HEAD_DTYPES)}, got {head_dtype!r}")
+    if dtype == torch.float64 and head_dtype != "dense":
+        raise ValueError(f'dtype torch.float64 needs head_dtype="dense", got {head_dtype!r}')
     folder = locate(source, revision)
     raw_config = read_json(folder, CONFIG)
     try:
@@ -139,8 +170,22 @@ def load_backbone(
 
     quantizer = double_quant if quantize and not prequantized else None
     packing = "as stored" if prequantized else f"nf4 double_quant={double_quant}" if quantize else "dense"
-    target = _Target(dtype, device, quantizer, device if placement.is_direct else torch.device("cpu"))
+    pack_head = {"dense": None, "int8": quantize_int8, "nf4": partial(quantize_nf4, double_quant=double_quant)}[
+        head_dtype
+    ]
+    is_head = config.tie_word_embeddings and pack_head is None
+    target = _Target(
+        dtype,
+        device,
+        quantizer,
+        layers_device=device if placement.is_direct else torch.device("cpu"),
+        hosted=None if is_head else config.names.embedding,
+        head=config.names.head,
+        pack_head=pack_head,
+    )
     loaded, layers, digests = _load(config, items, target, placement, packing)
+    if config.tie_word_embeddings and pack_head is not None:
+        loaded[config.names.head] = pack_head(loaded[config.names.embedding]).to(device)
     if spare_head is not None and stored_digest(spare_head) != digests[config.names.embedding]:
         raise CheckpointError(
             f"{spare_head.label}: differs from the embedding although {CONFIG} ties them; "
@@ -152,7 +197,7 @@ def load_backbone(
         *with_layers(config, loaded, layers),
         source=str(source),
         folder=folder,
-        fingerprint=fingerprint(config, packing, digests),
+        fingerprint=fingerprint(config, packing + ("" if head_dtype == "dense" else f", head {head_dtype}"), digests),
     )
 
 
@@ -230,7 +275,7 @@ def _check_item(item: _Item) -> None:
 
 def _load(
     config: BackboneConfig, items: list[_Item], target: _Target, placement: Placement, packing: str
-) -> tuple[dict[str, Tensor | NF4Weight], Layers, dict[str, str]]:
+) -> tuple[dict[str, HeadWeight], Layers, dict[str, str]]:
     """Everything, layers where the placement wants them; returns other weights and the digests by name, too."""
     blocks: dict[int, Block] = {}
     if placement.is_direct:
@@ -265,7 +310,7 @@ def _load(
 
 def _load_all(
     config: BackboneConfig, items: list[_Item], target: _Target, keep: Callable[[int, Block], None]
-) -> tuple[dict[str, Tensor | NF4Weight], dict[str, str]]:
+) -> tuple[dict[str, HeadWeight], dict[str, str]]:
     """Load every item, and hand each block to `keep` with its index as soon as it is complete.
 
     Returns:
@@ -275,7 +320,7 @@ def _load_all(
     # the packed weights, 100 MiB and more.
     converted = [item.main.nbytes for item in items if not target.keeps(item)]
     scratch = torch.empty(max(converted, default=0), dtype=torch.uint8)
-    loaded: dict[str, Tensor | NF4Weight] = {}
+    loaded: dict[str, HeadWeight] = {}
     digests: dict[str, str] = {}
     missing = Counter(item.layer for item in items)
     total = sum(part.nbytes for item in items for part in item.parts.values())
@@ -293,7 +338,7 @@ def _load_all(
     return loaded, digests
 
 
-def _convert(item: _Item, tensors: dict[str, Tensor], target: _Target) -> Tensor | NF4Weight:
+def _convert(item: _Item, tensors: dict[str, Tensor], target: _Target) -> HeadWeight:
     """The weight of an item from its stored tensors: as bitsandbytes packed it, packed now, or in the compute dtype."""
     home = target.device if item.layer is None else target.layers_device
     if item.packed:
@@ -307,13 +352,15 @@ def _convert(item: _Item, tensors: dict[str, Tensor], target: _Target) -> Tensor
                 f"its quant_state says {list(weight.shape)}"
             )
         return weight.to(home)
-    tensor = tensors[item.name].to(target.device)
-    if target.quantizes(item):
+    tensor = tensors[item.name].to(target.computes_on(item))
+    if target.quantizes(item) or target.packs(item):
         source = tensor.float() if tensor.dtype == torch.float64 else tensor
+        if target.pack_head is not None and target.packs(item):
+            return target.pack_head(source)
         return quantize_nf4(source, double_quant=bool(target.quantizer)).to(home)
     converted = tensor.to(target.dtype)
     _require_finite(converted, f"{item.main.label}: as {target.dtype}")
-    return converted.to(home)
+    return converted if item.name == target.hosted else converted.to(home)
 
 
 def _require_finite(tensor: Tensor, label: str) -> None:
@@ -324,23 +371,22 @@ def _require_finite(tensor: Tensor, label: str) -> None:
             raise CheckpointError(f"{label}: holds non-finite values (NaN or infinity)")
 
 
-def assemble(config: BackboneConfig, loaded: dict[str, Tensor | NF4Weight]) -> tuple[Tensor, Layers, Tensor, Tensor]:
+def assemble(config: BackboneConfig, loaded: dict[str, HeadWeight]) -> tuple[Tensor, Layers, Tensor, Tensor]:
     """Embedding, resident layers, final norm weight and head from all tensors by their names in a checkpoint."""
     blocks = [assemble_block(config, index, loaded) for index in range(config.num_layers)]
     return with_layers(config, loaded, Layers(blocks, blocks[0].attention_norm.device))
 
 
 def with_layers(
-    config: BackboneConfig, loaded: Mapping[str, Tensor | NF4Weight], layers: Layers
+    config: BackboneConfig, loaded: Mapping[str, HeadWeight], layers: Layers
 ) -> tuple[Tensor, Layers, Tensor, Tensor]:
     """Embedding, the layers, final norm weight and head."""
     names = config.names
     embedding = loaded[names.embedding]
-    head = embedding if config.tie_word_embeddings else loaded[names.head]
-    return embedding, layers, loaded[names.final_norm], head
+    return embedding, layers, loaded[names.final_norm], loaded.get(names.head, embedding)
 
 
-def assemble_block(config: BackboneConfig, index: int, loaded: dict[str, Tensor | NF4Weight]) -> Block:
+def assemble_block(config: BackboneConfig, index: int, loaded: dict[str, HeadWeight]) -> Block:
     """A decoder block from its tensors by their names in a checkpoint, which are taken out of `loaded`."""
     names, prefix = config.names, config.names.layer.format(index)
 

@@ -8,14 +8,15 @@ import torch
 from torch import Tensor
 
 from ladder_kernels.gpu.nf4_gemm import nf4_gemm
-from ladder_kernels.gpu.nf4_panels import nf4_linear_panels
 from ladder_kernels.gpu.spec import architecture
 from ladder_kernels.launch import GpuLinearPlan, gpu_linear_plan
+from ladder_kernels.nf4 import dequantize_rows
 from ladder_kernels.nf4_tensors import NF4Tensors
+from ladder_kernels.panels import panel_linear
 
 
 @functools.cache
-def _card(device: torch.device) -> tuple[int, int]:
+def card(device: torch.device) -> tuple[int, int]:
     """Architecture and number of multiprocessors."""
     return architecture(device), torch.cuda.get_device_properties(device).multi_processor_count
 
@@ -26,7 +27,7 @@ def linear_plan_for(
     """The plan for CUDA x [..., K] and a weight [rows, K] on its card."""
     cols = x.shape[-1]
     tokens = x.numel() // cols if cols else 0
-    size = (tokens, rows, cols, nf4.block_size, x.dtype.itemsize, *_card(x.device))
+    size = (tokens, rows, cols, nf4.block_size, x.dtype.itemsize, *card(x.device))
     return gpu_linear_plan(*size, is_pair=is_pair, half_precision=half_precision and x.dtype == torch.float16)
 
 
@@ -48,7 +49,7 @@ def nf4_linear(
         return
     count = min(2, -(-out.shape[1] // plan.panel_rows))
     panels = scratch[: plan.scratch_bytes].view(x.dtype).view(count, plan.panel_rows, x.shape[1])
-    nf4_linear_panels(x, nf4, bias, panels, out)
+    panel_linear(x, functools.partial(dequantize_rows, nf4), bias, panels, out)
     if residual is not None:
         out.add_(residual)
 
