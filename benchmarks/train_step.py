@@ -38,7 +38,7 @@ def _batch(case: Case, context: Context) -> tuple[Tensor, Tensor]:
 def _ladder(preset: str) -> Callable[[Case, Context], Runnable]:
     """A builder of our step with a preset of `LadderConfig`, on the batch that our trainer's collator makes.
 
-    Nothing in it waits for the device: document lengths stay on the host, supervised rows are counted there.
+    Nothing in it waits for the device: document lengths and supervised rows come from the host.
     """
 
     def build(case: Case, context: Context) -> Runnable:
@@ -51,7 +51,7 @@ def _ladder(preset: str) -> Callable[[Case, Context], Runnable]:
         input_ids, _ = _batch(case, context)
         batch = Collator()([{"input_ids": sample} for sample in input_ids.cpu()])
         for name, value in batch.items():
-            if isinstance(value, Tensor) and not name.startswith("cu_seq_lens"):
+            if isinstance(value, Tensor):
                 batch[name] = value.to(context.device)
         return Runnable(
             _step(model, lambda: model(**batch).loss),

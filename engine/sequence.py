@@ -29,12 +29,14 @@ class SequenceLayout:
         padding: bool [B, kv_len], True where cached or new key columns hold real tokens; None without a cache. With a
             cache the rows are the flattened [B, q_len] block of new columns, padding included.
         is_padded: whether some of these columns may hold none.
+        boundaries: int32 [documents + 1] on the rows' device, 0 and the cumulated lengths, where the caller has it.
     """
 
     positions: Tensor
     lengths: tuple[int, ...]
     padding: Tensor | None = None
     is_padded: bool = True
+    boundaries: Tensor | None = None
     _masks: dict[int | None, Tensor] = field(default_factory=dict, repr=False, compare=False)
     _offsets: list[Tensor] = field(default_factory=list, repr=False, compare=False)
 
@@ -59,11 +61,14 @@ class SequenceLayout:
     def offsets(self) -> Tensor | None:
         """int32 [documents + 1] on the rows' GPU, where each document begins and the last one ends; None on a CPU.
 
-        Copied there once per layout, from pinned memory, so that nothing waits for it.
+        The given boundaries, else copied there once per layout, from pinned memory, so that nothing waits for it. A
+        CUDA graph must not hold that copy: the pinned memory is somebody else's when the graph is replayed.
         """
         device = self.positions.device
         if device.type != "cuda":
             return None
+        if self.boundaries is not None:
+            return self.boundaries
         if not self._offsets:
             offsets = torch.tensor((0, *accumulate(self.lengths)), dtype=torch.int32, pin_memory=True)
             self._offsets.append(offsets.to(device, non_blocking=True))
