@@ -271,6 +271,10 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
     def backbone(self) -> Backbone:
         return self.model.backbone
 
+    def scratch(self) -> tuple[Tensor, ...]:
+        """The scratch memory that passes reuse: what a CUDA graph of one must keep alive."""
+        return (*self.model._shared.workspace.buffers(), *self.backbone.scratch())
+
     @property
     def side_network(self) -> SideNetwork:
         return self.model.side_network

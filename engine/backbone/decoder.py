@@ -108,6 +108,10 @@ class Backbone:
         sizes = {id(weight): weight.nbytes for weight in self._weights()}
         return sum(sizes.values())
 
+    def scratch(self) -> tuple[Tensor, ...]:
+        """The scratch memory that forward passes reuse."""
+        return self._workspace.buffers()
+
     def fingerprint(self) -> str:
         """sha256 in hex that identifies the backbone an adapter was trained on.
 
