@@ -118,7 +118,8 @@ class StepGraphs:
 
         Args:
             training_pass: computes the loss of the batch it is given and calls backward. It must depend on nothing else
-                that changes from pass to pass: Python runs for the first passes of a shape only.
+                that changes from pass to pass: Python runs for the first passes of a shape only. No loss of a pass
+                made elsewhere may still hold its autograd graph, which remembers another stream.
             batch: as the collator makes it, all tensors on the model's device.
 
         Returns:

@@ -20,7 +20,7 @@ from transformers.training_args import ParallelMode
 
 from engine import LadderArguments, LadderForCausalLM, LadderTrainer, step_graph
 from engine.collator import Collator
-from engine.step_graph import EAGER_PASSES, MAX_GRAPHS, StepGraphs, check_arguments
+from engine.step_graph import EAGER_PASSES, StepGraphs, check_arguments
 
 FIXED = Collator(pad_to=12, row_bucket=48)
 
@@ -66,7 +66,7 @@ def new_model(preset: str = "ladder") -> LadderForCausalLM:
 
 
 def trainer(folder: Path, graphed: bool, collator: Collator = FIXED, **overrides: Any) -> LadderTrainer:
-    """10 samples in batches of 4: the last batch of an epoch has two."""
+    """14 samples in batches of 4: the last batch of an epoch has two."""
     settings = {
         "max_steps": 8,
         "per_device_train_batch_size": 4,
@@ -75,6 +75,7 @@ def trainer(folder: Path, graphed: bool, collator: Collator = FIXED, **overrides
         "weight_decay": 0.1,
         "max_grad_norm": 0.5,
         "logging_steps": 1,
+        "log_level": "error",
         "save_strategy": "no",
         "use_cpu": True,
         "disable_tqdm": True,
@@ -82,7 +83,7 @@ def trainer(folder: Path, graphed: bool, collator: Collator = FIXED, **overrides
     }
     args = LadderArguments(output_dir=str(folder), **(settings | overrides))
     kind = LadderTrainer if graphed else EagerTrainer
-    made = kind(new_model(), args, collator, Samples(10), Samples(7))
+    made = kind(new_model(), args, collator, Samples(14), Samples(7))
     if graphed:
         made.step_graphs = StepGraphs(made.model, TapeGraphs())
     return made
@@ -107,16 +108,16 @@ def assert_same_run(one: LadderTrainer, other: LadderTrainer) -> None:
 
 @pytest.mark.parametrize("accumulation", [1, 3])
 def test_a_graphed_run_is_the_eager_run(tmp_path: Path, accumulation: int) -> None:
-    """Over several epochs with a smaller last batch and a shorter last accumulation, which get a graph of their own."""
+    """Three epochs, whose last batch is smaller and gets its own graph, and whose last step may have fewer batches."""
     runs = []
     for graphed in (False, True):
-        made = trainer(tmp_path, graphed, gradient_accumulation_steps=accumulation, num_train_epochs=4, max_steps=-1)
+        made = trainer(tmp_path, graphed, gradient_accumulation_steps=accumulation, num_train_epochs=3, max_steps=-1)
         made.train()
         runs.append(made)
     assert_same_run(*runs)
     maker = maker_of(runs[1])
     assert len(maker.tapes) == 2 and maker.runs == 2 * EAGER_PASSES
-    assert maker.replays == 4 * 3 - 2 * EAGER_PASSES
+    assert maker.replays == 3 * 4 - 2 * EAGER_PASSES
     assert runs[0].clock.tokens == runs[1].clock.tokens
 
 
@@ -127,15 +128,16 @@ def test_evaluation_between_steps_and_resume_change_nothing(tmp_path: Path) -> N
         "eval_steps": 1,
         "per_device_eval_batch_size": 7,
         "save_strategy": "steps",
-        "save_steps": 5,
-        "max_steps": 10,
+        "save_steps": 4,
+        "max_steps": 7,
     }
     whole = trainer(tmp_path / "eager", False, **options)
     whole.train()
     first = trainer(tmp_path / "graphed", True, **options)
-    first.add_callback(_StopAt(5))
+    stop = _StopAt(4)
+    first.add_callback(stop)
     first.train()
-    assert maker_of(first).replays > 0
+    assert maker_of(first).replays > 0 and stop.seen == [True] * 4
     second = trainer(tmp_path / "graphed", True, **options)
     second.train(resume_from_checkpoint=True)
     assert maker_of(second).replays > 0
@@ -143,25 +145,29 @@ def test_evaluation_between_steps_and_resume_change_nothing(tmp_path: Path) -> N
 
 
 class _StopAt(TrainerCallback):
+    """Ends training at a step; sees at every one whether the model was in training mode."""
+
     def __init__(self, step: int) -> None:
         self.step = step
+        self.seen: list[bool] = []
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.seen.append(kwargs["model"].training)
         control.should_training_stop = state.global_step >= self.step
 
 
 def test_ragged_batches_run_without_graphs_and_say_so_once(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(step_graph, "REMEMBERED_SHAPES", 6)
+    monkeypatch.setattr(step_graph, "REMEMBERED_SHAPES", 4)
     runs = []
     for graphed in (False, True):
-        made = trainer(tmp_path, graphed, Collator(), max_steps=12)
+        made = trainer(tmp_path, graphed, Collator())
         with caplog.at_level(logging.WARNING, "engine.step_graph"):
             made.train()
         runs.append(made)
     assert_same_run(*runs)
-    assert len(runs[1].step_graphs._passes) <= 6
+    assert len(runs[1].step_graphs._passes) <= 4
     warnings = [record.getMessage() for record in caplog.records if record.name == "engine.step_graph"]
     assert len(warnings) == 1
     assert "data_collator=Collator(pad_to=max_length, row_bucket=max_length)" in warnings[0]
@@ -248,14 +254,15 @@ def test_moved_and_frozen_parameters_get_another_graph() -> None:
     assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
 
 
-def test_graphs_and_their_memory_are_bounded(caplog: pytest.LogCaptureFixture) -> None:
+def test_graphs_and_their_memory_are_bounded(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> None:
     """At most so many graphs, whose own tensors are the batch and the loss; the gradients exist once."""
+    monkeypatch.setattr(step_graph, "MAX_GRAPHS", 2)
     model = new_model()
     graphs = StepGraphs(model, TapeGraphs())
-    for length in range(4, 4 + MAX_GRAPHS + 3):
-        for _ in range(EAGER_PASSES + 2):
+    for length in range(4, 8):
+        for _ in range(EAGER_PASSES + 1):
             graphs(one_pass(model), batch_of(length))
-    assert len(graphs._captured) == MAX_GRAPHS == len(graphs._maker.tapes)
+    assert len(graphs._captured) == len(graphs._maker.tapes) == 2
     assert [record.name for record in caplog.records] == ["engine.step_graph"]
     trainable = {id(parameter): parameter.grad for parameter in model.parameters()}
     assert {id(parameter): gradient for parameter, gradient in graphs._gradients.items()}.keys() == trainable.keys()
