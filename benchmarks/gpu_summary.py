@@ -130,6 +130,7 @@ TARGETS = (
     Target("backbone pass at 8k tokens, share of the GEMM rate", "backbone_pass", _LONG, "products", "speed", 0.75),
     Target("backbone pass at 2k tokens, share of the GEMM rate", "backbone_pass", _STEP, "products", "speed", 0.65),
     Target("whole train step in a CUDA graph, 7B", "train_step", _STEP, "ladder", "speed", None, "ladder_graphed"),
+    Target("the same, optimizer outside of it", "train_step", _STEP, "ladder", "speed", None, "ladder_cuda_graph"),
     Target("deterministic mode, train step, 7B", "train_step", _STEP, "ladder", "time", None, "ladder_deterministic"),
 )  # fmt: skip
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,9 @@ from benchmarks.models import case_backbone, case_nf4_model
 from benchmarks.qlora import bitsandbytes_path, qlora_loss, qlora_model
 from benchmarks.registry import DTYPE_NAMES, TOY, Benchmark, Case, Context, Implementation, Runnable
 from benchmarks.shapes import model_shape, prepare_checkpoint
+
+if TYPE_CHECKING:
+    from engine import LadderForCausalLM
 
 REDUCTION_FACTOR = 16
 LEARNING_RATE = 1e-4
@@ -35,10 +39,11 @@ def _batch(case: Case, context: Context) -> tuple[Tensor, Tensor]:
     return input_ids, input_ids.clone()
 
 
-def _ladder(preset: str) -> Callable[[Case, Context], Runnable]:
+def _ladder(preset: str, cuda_graph: bool = False) -> Callable[[Case, Context], Runnable]:
     """A builder of our step with a preset of `LadderConfig`, on the batch that our trainer's collator makes.
 
-    Nothing in it waits for the device: document lengths stay on the host, supervised rows are counted there.
+    With `cuda_graph` forward and backward are replayed as by `LadderArguments(cuda_graph=True)`, the optimizer is not.
+    Nothing in it waits for the device: document lengths and supervised rows come from the host.
     """
 
     def build(case: Case, context: Context) -> Runnable:
@@ -51,15 +56,33 @@ def _ladder(preset: str) -> Callable[[Case, Context], Runnable]:
         input_ids, _ = _batch(case, context)
         batch = Collator()([{"input_ids": sample} for sample in input_ids.cpu()])
         for name, value in batch.items():
-            if isinstance(value, Tensor) and not name.startswith("cu_seq_lens"):
+            if isinstance(value, Tensor):
                 batch[name] = value.to(context.device)
+        training_pass = _training_pass(lambda: model(**batch).loss)
+        if cuda_graph:
+            training_pass = _replayed(model, batch, context.device)
         return Runnable(
-            _step(model, lambda: model(**batch).loss),
+            _step(model, training_pass),
             details=f"{DTYPE_NAMES[backbone.dtype]} backbone, {_count_trainable(model)}",
             kernels=kernels_path(context.device),
         )
 
     return build
+
+
+def _replayed(model: LadderForCausalLM, batch: dict[str, Any], device: torch.device) -> Callable[[], Tensor]:
+    """The training pass as a graph, captured here and not in the time of the first calls."""
+    from engine.step_graph import EAGER_PASSES, CudaGraphs, StepGraphs
+
+    graphs = StepGraphs(model, CudaGraphs(device))
+
+    def training_pass() -> Tensor:
+        return graphs(lambda inputs: _training_pass(lambda: model(**inputs).loss)(), batch)
+
+    for _ in range(EAGER_PASSES + 1):
+        model.zero_grad()
+        training_pass()
+    return training_pass
 
 
 def _deterministic(builder: Callable[[Case, Context], Runnable]) -> Callable[[Case, Context], Runnable]:
@@ -92,23 +115,34 @@ def _qlora(dtype: torch.dtype, checkpointing: bool) -> Callable[[Case, Context],
         model = qlora_model(case_nf4_model(case, context, dtype), checkpointing)
         input_ids, labels = _batch(case, context)
         details = f"{DTYPE_NAMES[dtype]}, {_count_trainable(model)}, {bitsandbytes_path(context.device)}"
-        return Runnable(_step(model, lambda: qlora_loss(model, input_ids, labels, dtype)), details=details)
+        training_pass = _training_pass(lambda: qlora_loss(model, input_ids, labels, dtype))
+        return Runnable(_step(model, training_pass), details=details)
 
     return build
 
 
-def _step(model: nn.Module, loss_of: Callable[[], Tensor]) -> Callable[[], Tensor]:
+def _training_pass(loss_of: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """Forward and backward, returning the loss."""
+
+    def training_pass() -> Tensor:
+        loss = loss_of()
+        loss.backward()
+        return loss.detach()
+
+    return training_pass
+
+
+def _step(model: nn.Module, training_pass: Callable[[], Tensor]) -> Callable[[], Tensor]:
     """The step both sides share, returning its loss; gradients are freed in between, as trainers do."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     is_gpu = trained[0].device.type == "cuda"
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, fused=True, capturable=is_gpu)
 
     def step() -> Tensor:
-        loss = loss_of()
-        loss.backward()
+        loss = training_pass()
         optimizer.step()
         optimizer.zero_grad()
-        return loss.detach()
+        return loss
 
     return step
 
@@ -138,6 +172,7 @@ BENCHMARKS = (
             Implementation("ladder", _ladder("ladder"), "ours"),
             Implementation("xladder", _ladder("xladder"), "ours"),
             Implementation("ladder_graphed", _ladder("ladder"), "ours", ("cuda",), graphed=True),
+            Implementation("ladder_cuda_graph", _ladder("ladder", cuda_graph=True), "ours", ("cuda",)),
             Implementation("ladder_deterministic", _deterministic(_ladder("ladder")), "ours", ("cuda",)),
             Implementation("qlora", _qlora(torch.bfloat16, checkpointing=True)),
             Implementation("qlora_kept", _qlora(torch.bfloat16, checkpointing=False)),

@@ -12,10 +12,14 @@ DEFAULT_LEARNING_RATE = 3e-3
 
 @dataclass
 class LadderArguments(TrainingArguments):
-    """`transformers.TrainingArguments` with other defaults and `max_length`.
+    """`transformers.TrainingArguments` with other defaults, `max_length` and `cuda_graph`.
 
     The learning rate is about ten times what low-rank adapters take (LST trains side networks with 3e-3), reached after
     a warm-up of 3 % of the steps and followed by a cosine. Evaluation never builds logits.
+
+    `cuda_graph` saves the time of launching kernels one by one, for which small models and fast cards wait, where all
+    batches have one of a few shapes: see `engine.step_graph` and `Collator(pad_to=...)`. It turns
+    `logging_nan_inf_filter` off, for which the host would wait for every loss.
     """
 
     per_device_train_batch_size: int = field(default=4, metadata={"help": "Samples per device in one pass."})
@@ -28,8 +32,17 @@ class LadderArguments(TrainingArguments):
     prediction_loss_only: bool = field(default=True, metadata={"help": "Evaluation returns the loss and nothing else."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Data is tokenized by the trainer itself."})
     max_length: int = field(default=DEFAULT_MAX_LENGTH, metadata={"help": "Longest sample, in tokens."})
+    cuda_graph: bool = field(
+        default=False,
+        metadata={
+            "help": "Replay forward and backward as one CUDA graph per shape of batches, on one GPU. The graphs keep "
+            "the memory of a pass for themselves."
+        },
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.max_length < 2:
             raise ValueError(f"max_length is {self.max_length}; expected at least 2 tokens")
+        if self.cuda_graph:
+            self.logging_nan_inf_filter = False

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from engine.rows import IGNORE_INDEX
@@ -18,11 +19,15 @@ class Collator:
 
     Attributes:
         row_bucket: the number of supervised rows is rounded up to a multiple of this, so that few shapes occur.
+        pad_to: fill every sample up to this many tokens, behind its own, which cannot see them, and without a loss on
+            them: batches of as many samples have one layout, as `LadderArguments(cuda_graph=True)` asks. The filling is
+            computed, and counted in tokens per second.
     """
 
     row_bucket: int = 64
+    pad_to: int | None = None
 
-    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Tensor | int]:
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """Build a batch.
 
         Args:
@@ -32,16 +37,24 @@ class Collator:
         Returns:
             input_ids, position_ids, labels: int64 [1, T]; the first label of each document is -100.
             cu_seq_lens_q = cu_seq_lens_k: int32 [documents + 1]; max_length_q = max_length_k: int.
+            document_lengths: list of ints, for control flow; the tensors may go to a device.
             supervised_rows: int64 [R], rows whose next token is supervised, padded by row 0.
             supervised_targets: int64 [R], those next tokens, padded by -100.
+
+        Raises:
+            ValueError: lengths within a sample disagree, a sample is longer than `pad_to`, or there is no token at all.
         """
-        documents = [_document(sample) for sample in samples]
-        lengths = torch.tensor([len(ids) for ids, _ in documents])
+        documents = [self._filled(*_document(sample)) for sample in samples]
+        documents = [document for document in documents if len(document[0])]
+        if not documents:
+            raise ValueError(f"a batch of {len(samples)} samples holds no token; expected at least one")
+        document_lengths = [len(ids) for ids, _ in documents]
+        lengths = torch.tensor(document_lengths)
         input_ids = torch.cat([ids for ids, _ in documents])
         labels = torch.cat([labels for _, labels in documents])
         boundaries = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
         rows, targets = self._supervised(labels)
-        cu_seq_lens, longest = boundaries.to(torch.int32), int(lengths.max())
+        cu_seq_lens, longest = boundaries.to(torch.int32), max(document_lengths)
         return {
             "input_ids": input_ids[None],
             "position_ids": torch.cat([torch.arange(len(ids)) for ids, _ in documents])[None],
@@ -50,9 +63,19 @@ class Collator:
             "cu_seq_lens_k": cu_seq_lens,
             "max_length_q": longest,
             "max_length_k": longest,
+            "document_lengths": document_lengths,
             "supervised_rows": rows,
             "supervised_targets": targets,
         }
+
+    def _filled(self, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Tokens and labels of one sample with `pad_to` places."""
+        if self.pad_to is None:
+            return ids, labels
+        missing = self.pad_to - len(ids)
+        if missing < 0:
+            raise ValueError(f"a sample has {len(ids)} tokens and pad_to is {self.pad_to}; raise it, or cut the sample")
+        return F.pad(ids, (0, missing)), F.pad(labels, (0, missing), value=IGNORE_INDEX)
 
     def _supervised(self, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Rows that predict a supervised token, and the tokens; a document's first label is -100 already."""

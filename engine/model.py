@@ -6,7 +6,7 @@ only. `device` moves take it along, dtype casts do not. Copies of the model shar
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -280,6 +280,10 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
     def backbone(self) -> Backbone:
         return self.model.backbone
 
+    def scratch(self) -> tuple[Tensor, ...]:
+        """The scratch memory that passes reuse: what a CUDA graph of one must keep alive."""
+        return (*self.model._shared.workspace.buffers(), *self.backbone.scratch())
+
     @property
     def side_network(self) -> SideNetwork:
         return self.model.side_network
@@ -296,6 +300,7 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
         cu_seq_lens_k: Tensor | None = None,
         max_length_q: int | None = None,
         max_length_k: int | None = None,
+        document_lengths: Sequence[int] | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: int | Tensor | None = None,
         supervised_rows: Tensor | None = None,
@@ -314,6 +319,7 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
             use_cache: True makes a new cache where none is given.
             cu_seq_lens_q: int [documents + 1], cumulated document lengths over the flattened batch.
             cu_seq_lens_k: the same, not read; as are max_length_q and max_length_k.
+            document_lengths: what cu_seq_lens_q says, as host integers: with them nothing waits for the device.
             logits_to_keep: logits of the last this many columns only (0: all), or of these column indices.
             num_items_in_batch: what the summed loss is divided by, at least 1; None: the number of supervised tokens.
             supervised_rows: int64 [R], rows of the flattened, unpadded batch whose logits are supervised; used instead
@@ -333,7 +339,9 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
         if supervised and past_key_values is not None:
             raise ValueError("labels with past_key_values: a loss is over whole documents, leave the cache out")
         use_cache = use_cache and not supervised
-        rows, cache = enter(input_ids, attention_mask, position_ids, cu_seq_lens_q, past_key_values, use_cache)
+        rows, cache = enter(
+            input_ids, attention_mask, position_ids, cu_seq_lens_q, past_key_values, use_cache, document_lengths
+        )
         loss = logits = count = None
         if supervised:
             chosen, targets = supervision(rows, labels, supervised_rows, supervised_targets)

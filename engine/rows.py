@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -90,18 +91,20 @@ def rows_of_batch(
     attention_mask: Tensor | None = None,
     position_ids: Tensor | None = None,
     cu_seq_lens: Tensor | None = None,
+    document_lengths: Sequence[int] | None = None,
 ) -> Rows:
     """Rows of a whole batch, without a cache.
 
-    Documents come from `cu_seq_lens`, else from the places where `position_ids` do not continue, else from the real
-    tokens of `attention_mask` (left or right padding), else every sequence is one.
+    Documents come from `document_lengths`, else from `cu_seq_lens`, else from the places where `position_ids` do not
+    continue, else from the real tokens of `attention_mask` (left or right padding), else every sequence is one.
 
     Args:
         input_ids: int64 [B, T].
         attention_mask: [B, T], nonzero on real tokens.
         position_ids: int64 [B, T] or [1, T].
-        cu_seq_lens: int [documents + 1], cumulated lengths over the flattened batch, starting with 0. A CPU tensor
-            spares a wait for the device.
+        cu_seq_lens: int [documents + 1], cumulated lengths over the flattened batch, starting with 0.
+        document_lengths: the same documents as host integers, none of them 0. They spare a wait for the device, where
+            loops such as transformers' Trainer move every tensor; the values of `cu_seq_lens` are then not checked.
 
     Raises:
         ValueError: shapes that disagree, or a mask together with packed documents.
@@ -109,12 +112,16 @@ def rows_of_batch(
     _check_ids(input_ids)
     if attention_mask is not None:
         _check_mask(attention_mask, tuple(input_ids.shape), "input_ids")
-        if cu_seq_lens is not None:
-            raise ValueError(_MASK_AND_PACKED.format("cu_seq_lens_q"))
+        if cu_seq_lens is not None or document_lengths is not None:
+            raise ValueError(_MASK_AND_PACKED.format("cu_seq_lens_q or document_lengths"))
         return _unpadded(input_ids, attention_mask.bool(), position_ids)
     shape = (input_ids.shape[0], input_ids.shape[1])
     positions = None if position_ids is None else _positions(position_ids, shape)
-    if cu_seq_lens is not None:
+    boundaries = None
+    if document_lengths is not None:
+        lengths = list(document_lengths)
+        boundaries = _boundaries(lengths, cu_seq_lens, input_ids)
+    elif cu_seq_lens is not None:
         lengths = _document_lengths(cu_seq_lens, input_ids.numel())
     elif positions is not None:
         # The first of a sequence, and whatever does not continue its predecessor, starts a document.
@@ -123,9 +130,11 @@ def rows_of_batch(
         lengths = starts.diff(append=starts.new_tensor([input_ids.numel()])).tolist()
     else:
         lengths = [shape[1]] * shape[0]
-    layout = SequenceLayout.packed(lengths, input_ids.device)
-    if positions is not None:
-        layout = SequenceLayout(positions.flatten(), layout.lengths)
+    if positions is None:
+        flat_positions = SequenceLayout.packed(lengths, input_ids.device).positions
+    else:
+        flat_positions = positions.flatten()
+    layout = SequenceLayout(flat_positions, tuple(lengths), boundaries=boundaries)
     return Rows(input_ids.flatten(), layout, shape)
 
 
@@ -166,6 +175,7 @@ def enter(
     cu_seq_lens: Tensor | None,
     cache: DynamicCache | None,
     use_cache: bool | None,
+    document_lengths: Sequence[int] | None = None,
 ) -> tuple[Rows, DynamicCache | None]:
     """Rows of one call of the model and the cache that it extends, made here where `use_cache` asks for one.
 
@@ -175,13 +185,15 @@ def enter(
     if cache is None and use_cache:
         cache = DynamicCache()
     if cache is None:
-        return rows_of_batch(input_ids, attention_mask, position_ids, cu_seq_lens), None
+        return rows_of_batch(input_ids, attention_mask, position_ids, cu_seq_lens, document_lengths), None
     if not isinstance(cache, DynamicCache):
         raise ValueError(
             f"past_key_values must be a DynamicCache, got {type(cache).__name__}: unset cache_implementation"
         )
-    if cu_seq_lens is not None:
-        raise ValueError("cu_seq_lens_q with a cache: cached decoding takes padded batches with attention_mask")
+    if cu_seq_lens is not None or document_lengths is not None:
+        raise ValueError(
+            "cu_seq_lens_q or document_lengths with a cache: cached decoding takes padded batches with attention_mask"
+        )
     return rows_of_cached_step(input_ids, attention_mask, position_ids, cache.get_seq_length()), cache
 
 
@@ -238,6 +250,23 @@ def _document_lengths(cu_seq_lens: Tensor, num_rows: int) -> list[int]:
             f"cu_seq_lens_q must rise from 0 to the {num_rows} tokens of input_ids, got {bounds[:3]} ... {bounds[-1]}"
         )
     return [length for length in lengths if length]
+
+
+def _boundaries(lengths: list[int], cu_seq_lens: Tensor | None, input_ids: Tensor) -> Tensor | None:
+    """`cu_seq_lens` if kernels can read it. The lengths are checked; for its values the host would have to wait."""
+    if not lengths or min(lengths) < 1 or sum(lengths) != input_ids.numel():
+        raise ValueError(
+            f"document_lengths must be at least 1 and sum to the {input_ids.numel()} tokens of input_ids, "
+            f"got {lengths[:4]}{' ...' if len(lengths) > 4 else ''}, which sum to {sum(lengths)}"
+        )
+    if cu_seq_lens is None:
+        return None
+    if cu_seq_lens.shape != (len(lengths) + 1,):
+        raise ValueError(
+            f"cu_seq_lens_q must have {len(lengths) + 1} entries beside {len(lengths)} document_lengths, "
+            f"got shape {tuple(cu_seq_lens.shape)}"
+        )
+    return cu_seq_lens if cu_seq_lens.dtype == torch.int32 and cu_seq_lens.device == input_ids.device else None
 
 
 def _positions(position_ids: Tensor, shape: tuple[int, int]) -> Tensor:

@@ -29,11 +29,13 @@ class SequenceLayout:
         lengths: rows per document, in order; they sum to T. Host integers, so that no device is waited for.
         padding: bool [B, kv_len], True where cached or new key columns hold real tokens; None without a cache. With a
             cache the rows are the flattened [B, q_len] block of new columns, padding included.
+        boundaries: int32 [documents + 1] on the rows' device, 0 and the cumulated lengths, where the caller has it.
     """
 
     positions: Tensor
     lengths: tuple[int, ...]
     padding: Tensor | None = None
+    boundaries: Tensor | None = None
     _masks: dict[int | None, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @classmethod
@@ -61,11 +63,14 @@ class SequenceLayout:
     def offsets(self) -> Tensor | None:
         """int32 [documents + 1] on the rows' GPU, where each document begins and the last one ends; None on a CPU.
 
-        Copied there once per layout, from pinned memory, so that nothing waits for it.
+        The given boundaries, else copied there once per layout, from pinned memory, so that nothing waits for it. A
+        CUDA graph must not hold that copy: the pinned memory is somebody else's when the graph is replayed.
         """
         device = self.positions.device
         if device.type != "cuda":
             return None
+        if self.boundaries is not None:
+            return self.boundaries
         offsets = torch.tensor((0, *accumulate(self.lengths)), dtype=torch.int32, pin_memory=True)
         return offsets.to(device, non_blocking=True)
 

@@ -6,6 +6,7 @@ it would build logits to evaluate, average evaluation losses over batches instea
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from engine.collator import Collator
 from engine.config import LadderConfig
 from engine.data import prepare_dataset
 from engine.model import LadderForCausalLM
+from engine.step_graph import CudaGraphs, StepGraphs, check_arguments
 from engine.summary import PeakMemory, StepClock
 
 
@@ -70,6 +72,8 @@ class LadderMixin:
         for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
             if getattr(self, name) is not None:
                 raise ValueError(f"{name} needs logits, which are never built here; use generate() in a callback")
+        graphed = getattr(self.args, "cuda_graph", False)
+        self.step_graphs = StepGraphs(model, CudaGraphs(self.args.device)) if graphed else None
         self.clock = StepClock(self.args.device)
         self.peak_memory = PeakMemory(self.args.device)
         self._logged = (0, 0.0)
@@ -108,10 +112,20 @@ class LadderMixin:
         """Matrices only: decay would pull a gate towards one half and the mix towards the side network."""
         return [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], *rest: Any, **others: Any) -> Tensor:
-        """The stock step, with its tokens counted."""
+    def training_step(
+        self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """The stock step, with its tokens counted; with `cuda_graph`, what a graph has captured of it."""
         self.clock.count(inputs["input_ids"].numel())
-        return super().training_step(model, inputs, *rest, **others)
+        stock_step = super().training_step
+        if self.step_graphs is None:
+            return stock_step(model, inputs, num_items_in_batch)
+        # What the stock step does before its first kernel, which a replay would leave out.
+        model.train()
+        if callable(getattr(self.optimizer, "train", None)):
+            self.optimizer.train()
+        batch = {**self._prepare_inputs(inputs), "num_items_in_batch": num_items_in_batch}
+        return self.step_graphs(lambda batch: stock_step(model, *_without_count(batch)), batch)
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
@@ -186,8 +200,8 @@ class LadderTrainer(LadderMixin, Trainer):
         ladder_config: keyword only.
 
     Raises:
-        ValueError: arguments that would need logits (label smoothing, compute_metrics, compute_loss_func), or more than
-            one GPU in one process; data that cannot be trained on (`DataError`).
+        ValueError: arguments that would need logits (label smoothing, compute_metrics, compute_loss_func), more than
+            one GPU in one process, or cuda_graph where no graph can be; data that cannot be trained on (`DataError`).
     """
 
 
@@ -210,6 +224,15 @@ def _check_arguments(args: TrainingArguments) -> None:
             f"{args.n_gpu} GPUs are visible to one process; start one process per GPU with torchrun, or show it one "
             "with CUDA_VISIBLE_DEVICES"
         )
+    if getattr(args, "cuda_graph", False):
+        check_arguments(args)
+
+
+def _without_count(batch: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
+    """The model's inputs of a batch and its `num_items_in_batch`."""
+    inputs = dict(batch)
+    count = inputs.pop("num_items_in_batch")
+    return inputs, count
 
 
 def _prepared(data: Any, tokenizer: Any, args: TrainingArguments, model: LadderForCausalLM) -> Any:

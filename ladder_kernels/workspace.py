@@ -54,6 +54,10 @@ class Workspace:
         """Bytes held now."""
         return sum(buffer.numel() for buffer in self._buffers.values())
 
+    def buffers(self) -> tuple[Tensor, ...]:
+        """The memory held now. Who keeps these keeps its addresses valid, also when a larger take replaces it here."""
+        return tuple(self._buffers.values())
+
     def clear(self) -> None:
         """Give the memory back; later takes allocate again."""
         self._buffers.clear()

@@ -301,6 +301,7 @@ def test_collator_equals_its_definition(documents: list[list[tuple[int, bool]]],
     assert batch["cu_seq_lens_q"].tolist() == batch["cu_seq_lens_k"].tolist() == starts
     assert batch["cu_seq_lens_q"].dtype == torch.int32
     assert batch["max_length_q"] == batch["max_length_k"] == max(len(document) for document in documents)
+    assert batch["document_lengths"] == [len(document) for document in documents]
     # Shifted labels, as anything that ignores the two supervised tensors would use them, mean the same.
     shifted = batch["labels"][0, 1:]
     assert [(row, target) for row, target in enumerate(shifted.tolist()) if target != -100] == expected
@@ -310,3 +311,21 @@ def test_collator_drops_padding_and_takes_lists() -> None:
     batch = Collator()([{"input_ids": [0, 0, 5, 6], "attention_mask": [0, 0, 1, 1]}, {"input_ids": [7, 8]}])
     assert batch["input_ids"].tolist() == [[5, 6, 7, 8]]
     assert batch["labels"].tolist() == [[-100, 6, -100, 8]]
+
+
+def test_collator_fills_samples_up() -> None:
+    batch = Collator(pad_to=4)([{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9], "labels": [8, -100]}])
+    assert batch["input_ids"].tolist() == [[5, 6, 7, 0, 8, 9, 0, 0]]
+    assert batch["labels"].tolist() == [[-100, 6, 7, -100, -100, -100, -100, -100]]
+    assert batch["cu_seq_lens_q"].tolist() == [0, 4, 8] and batch["document_lengths"] == [4, 4]
+    assert batch["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2, 3]]
+    with pytest.raises(ValueError, match="a sample has 5 tokens and pad_to is 4; raise it, or cut the sample"):
+        Collator(pad_to=4)([{"input_ids": [1, 2, 3, 4, 5]}])
+
+
+def test_collator_drops_samples_of_nothing_but_padding() -> None:
+    empty = {"input_ids": [0, 0], "attention_mask": [0, 0]}
+    batch = Collator()([empty, {"input_ids": [7, 8]}])
+    assert batch["cu_seq_lens_q"].tolist() == [0, 2] and batch["document_lengths"] == [2]
+    with pytest.raises(ValueError, match="a batch of 1 samples holds no token"):
+        Collator()([empty])

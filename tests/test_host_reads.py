@@ -1,7 +1,8 @@
 """A training step never asks the device for a value: nothing waits, and a CUDA graph can hold it.
 
 Under fake tensors every read of a value (item, nonzero, a boolean mask) raises, so a step that runs under them reads
-none. Document lengths are the one thing that the host must know; the collator hands them over as a CPU tensor.
+none, wherever its tensors are. Document lengths are the one thing that the host must know; the collator hands them over
+as integers.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import pytest
 import torch
 from ladders import ladder_model
 from torch import Tensor
-from torch._subclasses.fake_tensor import DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from engine.collator import Collator
 from engine.model import LadderForCausalLM
@@ -28,10 +29,7 @@ def _batch() -> dict[str, Any]:
 
 
 def _loss(model: LadderForCausalLM, batch: dict[str, Any], fake: FakeTensorMode) -> Tensor:
-    on_device = {
-        name: fake.from_tensor(value) if isinstance(value, Tensor) and not name.startswith("cu_seq_lens") else value
-        for name, value in batch.items()
-    }
+    on_device = {name: fake.from_tensor(value) if isinstance(value, Tensor) else value for name, value in batch.items()}
     return model(**on_device, num_items_in_batch=fake.from_tensor(torch.tensor(7))).loss
 
 
@@ -44,9 +42,17 @@ def test_forward_and_backward_read_nothing(preset: str) -> None:
     assert all(gradient is not None for gradient in gradients)
 
 
-def test_a_read_would_be_seen() -> None:
-    """Without the collator's rows the model has to look for the supervised ones itself."""
+@pytest.mark.parametrize(
+    ("missing", "error"),
+    [
+        (("supervised_rows", "supervised_targets"), DynamicOutputShapeException),
+        (("document_lengths",), DataDependentOutputException),
+    ],
+)
+def test_a_read_would_be_seen(missing: tuple[str, ...], error: type[Exception]) -> None:
+    """Without the collator's rows or lengths the model has to look for them itself."""
     model, batch = ladder_model("ladder").train(), _batch()
-    del batch["supervised_rows"], batch["supervised_targets"]
-    with FakeTensorMode(allow_non_fake_inputs=True) as fake, pytest.raises(DynamicOutputShapeException):
+    for name in missing:
+        del batch[name]
+    with FakeTensorMode(allow_non_fake_inputs=True) as fake, pytest.raises(error):
         _loss(model, batch, fake)

@@ -151,6 +151,7 @@ def test_packed_equals_separate() -> None:
         model(ids, position_ids=positions),
         model(ids, cu_seq_lens_q=cu_seq_lens, cu_seq_lens_k=cu_seq_lens, max_length_q=7, max_length_k=7),
         model(ids, position_ids=positions, cu_seq_lens_q=cu_seq_lens),
+        model(ids, document_lengths=lengths),
     ):
         assert_near(packed.logits, separate, "logits", tolerance=1e-12)
     assert (model(ids).logits - separate).abs().max() > 1e-3, "the test must see a leak"
@@ -371,12 +372,20 @@ ONES = torch.ones(2, 4, dtype=torch.long)
         ),
         (
             {"attention_mask": ONES, "cu_seq_lens_q": torch.tensor([0, 4, 8])},
-            r"attention_mask together with packed documents \(cu_seq_lens_q\)",
+            r"attention_mask together with packed documents \(cu_seq_lens_q or document_lengths\)",
         ),
         ({"position_ids": torch.zeros(4)}, r"position_ids must have shape \(2, 4\) or \(1, 4\), got \(4,\)"),
         ({"cu_seq_lens_q": torch.tensor([0, 4, 7])}, "cu_seq_lens_q must rise from 0 to the 8 tokens of input_ids"),
         ({"cu_seq_lens_q": torch.tensor([0, 5, 3, 8])}, "cu_seq_lens_q must rise from 0 to the 8 tokens"),
         ({"cu_seq_lens_q": torch.tensor([8])}, "cu_seq_lens_q must be 1-D with at least 2 entries"),
+        ({"document_lengths": [4, 3]}, "document_lengths must be at least 1 and sum to the 8 tokens.*which sum to 7"),
+        ({"document_lengths": [4, 0, 4]}, "document_lengths must be at least 1"),
+        (
+            {"document_lengths": [4, 4], "cu_seq_lens_q": torch.tensor([0, 8])},
+            "cu_seq_lens_q must have 3 entries beside 2 document_lengths",
+        ),
+        ({"document_lengths": [4, 4], "attention_mask": ONES}, "attention_mask together with packed documents"),
+        ({"document_lengths": [8], "past_key_values": DynamicCache()}, "document_lengths with a cache"),
         ({"labels": IDS[:, :3]}, r"labels must have the shape of input_ids \(2, 4\), got \(2, 3\)"),
         ({"supervised_targets": IDS[0]}, r"supervised_targets \(4,\) needs supervised_rows of its 1-D shape, got None"),
         (
@@ -390,7 +399,7 @@ ONES = torch.ones(2, 4, dtype=torch.long)
         ({"labels": IDS, "past_key_values": DynamicCache()}, "labels with past_key_values"),
         (
             {"past_key_values": DynamicCache(), "cu_seq_lens_q": torch.tensor([0, 8])},
-            "cu_seq_lens_q with a cache: cached decoding takes padded batches",
+            "cu_seq_lens_q or document_lengths with a cache: cached decoding takes padded batches",
         ),
         ({"past_key_values": DynamicCache(), "attention_mask": ONES[:, :2]}, "of the cached columns and input_ids"),
         (

@@ -170,6 +170,10 @@ class Backbone:
         outer = {id(weight): weight.nbytes for weight in (self.embedding, self.norm_weight, self.head_weight)}
         return sum(outer.values()) + sum(tensor.nbytes for block in self.blocks for tensor in block.tensors())
 
+    def scratch(self) -> tuple[Tensor, ...]:
+        """The scratch memory that forward passes reuse."""
+        return self._workspace.buffers()
+
     def fingerprint(self) -> str:
         """sha256 in hex that identifies the backbone an adapter was trained on.
 

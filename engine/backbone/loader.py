@@ -129,18 +129,10 @@ def load_backbone(
         memory_budget: bytes on the device for the layers, staging buffers included, with "auto".
         prefetch: how many layers are fetched ahead, 1 or 2; there is one staging buffer more.
         packed_cache: a file that the packed layers are written to, once, and mapped from: the next load does not
-<<<<<<< HEAD
             quantize, streamed layers need no memory of their own, and processes share what is in memory of it. Mapped
             memory is not pinned, so it is copied more slowly.
-||||||| 979dd28
-            quantize, and streamed layers need no memory of their own. Mapped memory is not pinned, so it is copied more
-            slowly.
-=======
-            quantize, and streamed layers need no memory of their own. Mapped memory is not pinned, so it is copied more
-            slowly.
         head_dtype: "dense" keeps the head in `dtype`; "int8" (one scale a row) halves 16 bits, "nf4" quarters them.
             Both are decoded in panels where they are multiplied.
->>>>>>> 5c1c97ade1358fcb2e7d257038ae4922406c54d1
 
     Raises:
         ValueError: anything wrong with the arguments, the checkpoint or the cache, or too little memory for what is
