@@ -7,7 +7,7 @@ Three ways to compute it, all of them torch's own kernels:
 - documents of one length: one batched `scaled_dot_product_attention` with `is_causal` and no mask tensor;
 - a GPU with flash attention, documents of several lengths or a window: one call of its variable-length form, which
   takes both as numbers and knows grouped heads;
-- elsewhere: document by document, a window as a boolean mask.
+- elsewhere: document by document, a window in blocks of queries, each with a boolean mask of its own.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch import Tensor
 
 _FLASH_HEAD_DIM = 256  # largest head of flash attention, whose heads are a multiple of 8
 _FLASH_CAPABILITY = (8, 0)
+_WINDOW_QUERIES = 512  # at least so many to a block: fewer would be many small calls
 
 
 def attention(
@@ -89,12 +90,26 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, offsets: Tensor, longest: 
 
 
 def _documents(query: Tensor, key: Tensor, value: Tensor, window: int | None) -> Tensor:
-    """Attention of [B, length, H, d] documents of equal length, without a mask where none is needed."""
-    length, group = query.shape[1], query.shape[2] // key.shape[2]
-    mask = None
-    if window is not None:
-        distance = torch.arange(length, device=query.device)[:, None] - torch.arange(length, device=query.device)
-        mask = (distance >= 0) & (distance < window)
+    """Attention of [B, length, H, d] documents of equal length, without a mask where none is needed.
+
+    A window is computed for a block of queries at a time, with the keys that they see, so that neither time nor a mask
+    grows with the square of the length.
+    """
+    if window is None:
+        return _attend(query, key, value, None)
+    length, size, blocks = query.shape[1], max(window, _WINDOW_QUERIES), []
+    for begin in range(0, length, size):
+        end, first = min(begin + size, length), max(0, begin - window + 1)
+        rows = torch.arange(begin, end, device=query.device)[:, None]
+        columns = torch.arange(first, end, device=query.device)
+        mask = (columns <= rows) & (columns > rows - window)
+        blocks.append(_attend(query[:, begin:end], key[:, first:end], value[:, first:end], mask))
+    return torch.cat(blocks, dim=1)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> Tensor:
+    """Attention of queries [B, length, H, d] to the keys of a mask [length, keys]; causal without one."""
+    group = query.shape[2] // key.shape[2]
     if group > 1 and query.is_cuda and (mask is not None or not has_flash(query)):
         # Of the fused kernels only flash attention knows grouped heads: the rest would compute length x length scores.
         key, value = key.repeat_interleave(group, dim=2), value.repeat_interleave(group, dim=2)

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoTokenizer, DynamicCache, PreTrainedConfig, PreTrainedTokenizerBase
 
+from engine.backbone.chunks import by_rows
 from engine.backbone.families import BackboneConfig, rotary_frequencies
 from engine.sequence import SequenceLayout, attention, rotary_table
 from ladder_kernels import NF4Weight, Workspace, nf4_linear, nf4_swiglu, reference, rms_norm, rotary, swiglu_
@@ -176,6 +177,23 @@ class Backbone:
         cache: DynamicCache | None,
     ) -> Tensor:
         """hidden + W_o attention(x), x the normed hidden states."""
+        config, itemsize = self.config, hidden.element_size()
+        mixed_width, heads = config.num_heads * config.head_dim, config.num_heads + 2 * config.num_kv_heads
+
+        def project(hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+            return self._heads(block, hidden, cos, sin)
+
+        def add(mixed: Tensor, hidden: Tensor) -> tuple[Tensor]:
+            return (block.output(mixed, self._workspace, hidden),)
+
+        projected_bytes = (config.hidden_size + 2 * heads * config.head_dim) * itemsize
+        query, key, value = by_rows(project, (hidden, *tables), projected_bytes)
+        mixed = attention(query, key, value, layout, window=config.layer_windows[index], cache=cache, layer=index)
+        del query, key, value
+        return by_rows(add, (mixed, hidden), (mixed_width + config.hidden_size) * itemsize)[0]
+
+    def _heads(self, block: Block, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries [T, Hq, d], keys and values [T, Hkv, d] of hidden states [T, D], rotated."""
         config = self.config
         x = rms_norm(hidden, block.attention_norm, config.rms_norm_eps)
         query = block.query(x, self._workspace).unflatten(-1, (config.num_heads, config.head_dim))
@@ -184,19 +202,23 @@ class Backbone:
         if block.query_norm is not None and block.key_norm is not None:
             query = rms_norm(query, block.query_norm, config.rms_norm_eps)
             key = rms_norm(key, block.key_norm, config.rms_norm_eps)
-        query, key = rotary(query, *tables), rotary(key, *tables)
-        mixed = attention(query, key, value, layout, window=config.layer_windows[index], cache=cache, layer=index)
-        return block.output(mixed, self._workspace, hidden)
+        return rotary(query, cos, sin), rotary(key, cos, sin), value
 
     def _mlp(self, block: Block, hidden: Tensor) -> Tensor:
-        """hidden + W_down(silu(W_gate x) * W_up x)."""
-        x = rms_norm(hidden, block.mlp_norm, self.config.rms_norm_eps)
-        gate, up = block.gate, block.up
-        if isinstance(gate.weight, NF4Weight) and isinstance(up.weight, NF4Weight) and gate.bias is up.bias is None:
-            activated = nf4_swiglu(x, gate.weight, up.weight, workspace=self._workspace)
-        else:
-            activated = swiglu_(gate(x, self._workspace), up(x, self._workspace))
-        return block.down(activated, self._workspace, hidden)
+        """hidden + W_down(silu(W_gate x) * W_up x), in the memory of hidden where that is long."""
+        config = self.config
+
+        def mlp(hidden: Tensor) -> tuple[Tensor]:
+            x = rms_norm(hidden, block.mlp_norm, config.rms_norm_eps)
+            gate, up = block.gate, block.up
+            if isinstance(gate.weight, NF4Weight) and isinstance(up.weight, NF4Weight) and gate.bias is up.bias is None:
+                activated = nf4_swiglu(x, gate.weight, up.weight, workspace=self._workspace)
+            else:
+                activated = swiglu_(gate(x, self._workspace), up(x, self._workspace))
+            return (block.down(activated, self._workspace, hidden),)
+
+        width = 2 * (config.hidden_size + config.intermediate_size)
+        return by_rows(mlp, (hidden,), width * hidden.element_size(), out=(hidden,))[0]
 
     def final_norm(self, y: Tensor) -> Tensor:
         """The frozen final RMSNorm of y [R, D]; differentiable in y, with the same bits where no gradient is wanted."""
