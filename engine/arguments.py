@@ -12,7 +12,7 @@ DEFAULT_LEARNING_RATE = 3e-3
 
 @dataclass
 class LadderArguments(TrainingArguments):
-    """`transformers.TrainingArguments` with other defaults, `max_length` and `cuda_graph`.
+    """`transformers.TrainingArguments` with other defaults, `max_length`, `cuda_graph` and `ignore_memory_plan`.
 
     The learning rate is about ten times what low-rank adapters take (LST trains side networks with 3e-3), reached after
     a warm-up of 3 % of the steps and followed by a cosine. Evaluation never builds logits.
@@ -39,6 +39,7 @@ class LadderArguments(TrainingArguments):
             "the memory of a pass for themselves."
         },
     )
+    ignore_memory_plan: bool = field(default=False, metadata={"help": "Start even where the plan exceeds free memory."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
