@@ -23,9 +23,9 @@ from engine.config import LadderConfig
 from engine.data import prepare_dataset
 from engine.memory import GB, MemoryPolicies, Workload
 from engine.model import LadderForCausalLM
-from engine.step_graph import CudaGraphs, StepGraphs, check_arguments
 from engine.planner import Planner
 from engine.preflight import check_free, free_bytes
+from engine.step_graph import CudaGraphs, StepGraphs, check_arguments
 from engine.summary import PeakMemory, StepClock
 
 
