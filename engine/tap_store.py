@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from ladder_kernels import tap
+
 TapPolicy = Literal["device", "int8", "host", "none"]
 
 
@@ -32,25 +34,32 @@ def check_tap_policy(policy: str) -> None:
         raise ValueError(f"taps must be one of {', '.join(get_args(TapPolicy))}, got {policy!r}")
 
 
-class HostTaps:
-    """Keeps one pass's hidden states in host memory from their tap to its backward.
+class TapKeeper:
+    """The taps of one pass, each keeping what its backward reads where the policy says.
 
     Args:
-        device: where they are computed and needed again.
+        policy: see above.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._side_stream = _side_stream(device) if device.type == "cuda" else None
+    def __init__(self, policy: TapPolicy) -> None:
+        self._policy = policy
         self._last: weakref.ref[_HostCopy] | None = None  # the graph owns the copies: backward frees each as it passes
 
-    def keeping(self, hidden: Tensor) -> AbstractContextManager[object]:
-        """Within it, whatever autograd saves of `hidden` [T, D] waits in host memory; all else stays where it is."""
+    def tap(self, hidden: Tensor, weight: Tensor, state: Tensor | None = None, gate: Tensor | None = None) -> Tensor:
+        """`ladder_kernels.tap`."""
+        if self._policy == "host" and torch.is_grad_enabled():
+            with self._keeping_on_host(hidden):
+                return tap(hidden, weight, state, gate)
+        return tap(hidden, weight, state, gate, keep="int8" if self._policy == "int8" else "input")
+
+    def _keeping_on_host(self, hidden: Tensor) -> AbstractContextManager[object]:
+        """Within it, whatever autograd saves of `hidden` waits in host memory; all else stays where it is."""
         address, shape = hidden.data_ptr(), hidden.shape  # the graph keeps pack, which must not keep hidden
 
         def pack(tensor: Tensor) -> Tensor | _HostCopy:
             if tensor.data_ptr() != address or tensor.shape != shape:
                 return tensor
-            copy = _HostCopy(tensor, self._side_stream, self._last)
+            copy = _HostCopy(tensor, self._last)
             self._last = weakref.ref(copy)
             return copy
 
@@ -63,17 +72,15 @@ class HostTaps:
 class _HostCopy:
     """A tensor in host memory that comes back when it is asked for, and brings the one before it on its way."""
 
-    def __init__(
-        self, tensor: Tensor, side_stream: torch.cuda.Stream | None, before: weakref.ref[_HostCopy] | None
-    ) -> None:
-        self._side_stream = side_stream
+    def __init__(self, tensor: Tensor, before: weakref.ref[_HostCopy] | None) -> None:
         self._before = before
         self._device = tensor.device
+        self._side_stream = _side_stream(tensor.device) if tensor.is_cuda else None
         self._arriving: Tensor | None = None
-        self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=side_stream is not None)
+        self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
         self._on_side_stream(lambda: self._host.copy_(tensor, non_blocking=True))
-        if side_stream is not None:
-            tensor.record_stream(side_stream)  # its memory is not reused before the copy has read it
+        if self._side_stream is not None:
+            tensor.record_stream(self._side_stream)  # its memory is not reused before the copy has read it
 
     def fetch(self) -> None:
         """Start the way back; nothing waits."""

@@ -11,20 +11,15 @@ from numerics import assert_same_bits
 from torch import Tensor
 
 from engine import tap_store
-from engine.tap_store import HostTaps, check_tap_policy
-from ladder_kernels import tap
+from engine.tap_store import TapKeeper, TapPolicy, check_tap_policy
 
 LAYERS, TOKENS, WIDTH, SIDE = 4, 7, 24, 6
 
 
-def climb(hidden: list[Tensor], weights: list[Tensor], gate: Tensor, taps: HostTaps | None) -> Tensor:
-    state = None
+def climb(hidden: list[Tensor], weights: list[Tensor], gate: Tensor, policy: TapPolicy) -> Tensor:
+    keeper, state = TapKeeper(policy), None
     for h, weight in zip(hidden, weights, strict=True):
-        if taps is None:
-            state = tap(h, weight, state, None if state is None else gate)
-        else:
-            with taps.keeping(h):
-                state = tap(h, weight, state, None if state is None else gate)
+        state = keeper.tap(h, weight, state, None if state is None else gate)
     assert state is not None
     return state
 
@@ -40,8 +35,8 @@ def test_gradients_come_from_the_copies(inputs: tuple[list[Tensor], list[Tensor]
     hidden, weights, gate = inputs
     leaves = [*weights, gate]
     dout = torch.randn(TOKENS, SIDE)
-    expected = torch.autograd.grad(climb(hidden, weights, gate, None), leaves, dout)
-    out = climb(hidden, weights, gate, HostTaps(torch.device("cpu")))
+    expected = torch.autograd.grad(climb(hidden, weights, gate, "device"), leaves, dout)
+    out = climb(hidden, weights, gate, "host")
     for h in hidden:
         h.fill_(torch.nan)
     for again in range(2):  # a graph that is kept can be walked again
@@ -52,7 +47,7 @@ def test_gradients_come_from_the_copies(inputs: tuple[list[Tensor], list[Tensor]
 
 def test_nothing_holds_the_hidden_states(inputs: tuple[list[Tensor], list[Tensor], Tensor]) -> None:
     hidden, weights, gate = inputs
-    out = climb(hidden, weights, gate, HostTaps(torch.device("cpu")))
+    out = climb(hidden, weights, gate, "host")
     alive = [weakref.ref(h.untyped_storage()) for h in hidden]
     hidden.clear()
     del inputs
@@ -84,7 +79,7 @@ def test_copies_are_fetched_one_ahead_and_freed(
             return tensor
 
     monkeypatch.setattr(tap_store, "_HostCopy", Spied)
-    out = climb(hidden, weights, gate, HostTaps(torch.device("cpu")))
+    out = climb(hidden, weights, gate, "host")
     assert [ref() is not None for ref in copies] == [True] * LAYERS and events == []
     out.backward(torch.ones_like(out))
     last = LAYERS - 1
@@ -96,11 +91,12 @@ def test_copies_are_fetched_one_ahead_and_freed(
 
 
 def test_other_tensors_are_saved_as_they_are() -> None:
-    taps = HostTaps(torch.device("cpu"))
-    x = torch.randn(3, 4, requires_grad=True)
-    with taps.keeping(torch.randn(3, 4)):
-        y = x * x
-    assert y.grad_fn is not None and y.grad_fn._saved_self.data_ptr() == x.data_ptr()  # type: ignore[attr-defined]
+    hidden, weight = torch.randn(3, 4), torch.randn(2, 4, requires_grad=True)
+    state, gate = torch.randn(3, 2), torch.tensor(0.5, requires_grad=True)
+    out = TapKeeper("host").tap(hidden, weight, state, gate)
+    assert out.grad_fn is not None
+    saved = {t.data_ptr() for t in out.grad_fn.saved_tensors if t is not None}  # type: ignore[attr-defined]
+    assert {weight.data_ptr(), state.data_ptr(), gate.data_ptr()} <= saved and hidden.data_ptr() not in saved
 
 
 def test_policies_are_checked() -> None:
