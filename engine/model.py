@@ -6,7 +6,7 @@ only. `device` moves take it along, dtype casts do not. Copies of the model shar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,8 @@ from engine.backbone.residency import PLACEMENT_OPTIONS
 from engine.checkpoint import check_backbone, load_adapter, read_adapter, save_adapter
 from engine.config import LadderConfig
 from engine.model_config import LadderModelConfig, generation_config, model_config
-from engine.rows import IGNORE_INDEX, Rows, enter, supervision
+from engine.rows import IGNORE_INDEX, Rows, enter, rows_of_batch, supervision
+from engine.sequence import SequenceLayout
 from engine.side_network import SideNetwork
 from ladder_kernels import Workspace, decode_head, linear_cross_entropy
 
@@ -93,6 +94,24 @@ class LadderModel(nn.Module):
         with torch.autocast(backbone.device.type, enabled=False):
             stream = backbone.hidden_states(rows.input_ids, rows.layout, cache)
             return self.side_network(stream, rows.layout, cache, backbone.config.num_layers)
+
+    def run_together(self, parts: Sequence[Rows]) -> list[tuple[Tensor, Tensor]]:
+        """`run` of several batches in one pass of the backbone, which decodes and streams every weight once.
+
+        The side network runs for each by itself, so that a later backward frees the memory of one after the other.
+        """
+        backbone = self.backbone
+        sizes = [len(rows.input_ids) for rows in parts]
+        layout = SequenceLayout.joined([rows.layout for rows in parts])
+        climbs = [self.side_network.climb(rows.layout) for rows in parts]
+        last: tuple[Tensor, ...] = ()
+        with torch.autocast(backbone.device.type, enabled=False):
+            for index, hidden in backbone.hidden_states(torch.cat([rows.input_ids for rows in parts]), layout):
+                for climb, part in zip(climbs, hidden.split(sizes), strict=True):
+                    climb.meet(index, part)
+                last = hidden.split(sizes) if index == backbone.config.num_layers else ()
+                del hidden, part
+            return [(part, climb.finish()) for part, climb in zip(last, climbs, strict=True)]
 
     def combined(self, hidden: Tensor, state: Tensor, chosen: Tensor | None = None) -> Tensor:
         """What the frozen head multiplies, [R, D]: final_norm(combine(h_L, s)) of the chosen rows, None for all."""
@@ -305,6 +324,7 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
         num_items_in_batch: int | Tensor | None = None,
         supervised_rows: Tensor | None = None,
         supervised_targets: Tensor | None = None,
+        passed: tuple[Tensor, Tensor] | None = None,
         return_dict: bool | None = None,
         **unsupported: Any,
     ) -> LadderOutput | tuple[Tensor, ...]:
@@ -325,6 +345,7 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
             supervised_rows: int64 [R], rows of the flattened, unpadded batch whose logits are supervised; used instead
                 of labels, together with supervised_targets.
             supervised_targets: int64 [R], the token each predicts, -100 on entries that only fill a bucket.
+            passed: h_L and side state of this batch where `run_ahead` has computed them; only with labels or targets.
             return_dict: False returns a tuple.
 
         Returns:
@@ -345,7 +366,7 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
         loss = logits = count = None
         if supervised:
             chosen, targets = supervision(rows, labels, supervised_rows, supervised_targets)
-            hidden = self.model.combined(*self.model.run(rows), chosen)
+            hidden = self.model.combined(*(passed or self.model.run(rows)), chosen)
             total = self.model.loss(hidden, targets)
             count = (targets != IGNORE_INDEX).sum()
             # At least 1: a step without a supervised token has the loss 0, not NaN.
@@ -356,6 +377,18 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
             logits = kept.padded(self.backbone.logits(hidden))
         output = LadderOutput(loss=loss, logits=logits, past_key_values=cache, num_supervised=count)
         return output.to_tuple() if return_dict is False else output
+
+    def run_ahead(self, batches: Sequence[Mapping[str, Any]]) -> list[tuple[Tensor, Tensor]]:
+        """h_L [N, D] and side state [N, S] of several batches, layer by layer, for `forward(passed=...)` of each.
+
+        Every weight of the backbone is decoded, and streamed where it lies in host memory, once for all of them.
+
+        Args:
+            batches: inputs of `forward`; of those, what says which tokens form which documents is read.
+        """
+        names = ("input_ids", "attention_mask", "position_ids", "cu_seq_lens_q", "document_lengths")
+        parts = [rows_of_batch(*(batch.get(name) for name in names)) for batch in batches]
+        return self.model.run_together(parts)
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """As transformers', without position_ids: the mask says the same and costs no comparison."""

@@ -45,6 +45,12 @@ class SequenceLayout:
         return cls(positions, tuple(lengths))
 
     @classmethod
+    def joined(cls, layouts: Sequence[SequenceLayout]) -> SequenceLayout:
+        """The documents of several layouts, none of them cached, side by side."""
+        positions = torch.cat([layout.positions for layout in layouts])
+        return cls(positions, tuple(length for layout in layouts for length in layout.lengths))
+
+    @classmethod
     def cached(cls, padding: Tensor, query_length: int) -> SequenceLayout:
         """The last `query_length` columns of a batch whose columns so far are described by `padding` [B, kv_len].
 

@@ -23,7 +23,8 @@ from transformers import DynamicCache
 from engine.config import BackboneShape, LadderConfig, SideDims, side_dims
 from engine.connections import connections
 from engine.sequence import SequenceLayout, attention, inverse_frequencies, rotary_table
-from ladder_kernels import SideLayerWeights, rms_norm, side_layer, tap
+from engine.tap_store import TapKeeper, TapPolicy, check_tap_policy
+from ladder_kernels import SideLayerWeights, rms_norm, side_layer
 
 
 class Tap(nn.Module):
@@ -48,22 +49,34 @@ class Tap(nn.Module):
             self.expand = nn.Parameter(torch.empty(side_dim, config.tap_rank))
         self.gate_logit = nn.Parameter(torch.empty(())) if gated else None
 
-    def forward(self, hidden: Tensor, state: Tensor | None) -> Tensor:
-        """merge(state [T, S], tap_down(hidden [T, D])) -> [T, S]; the projection itself where there is no state."""
+    def forward(self, hidden: Tensor, state: Tensor | None, keeper: TapKeeper) -> Tensor:
+        """merge(state [T, S], tap_down(hidden [T, D])) -> [T, S]; the projection itself where there is no state.
+
+        The keeper says where hidden waits for backward.
+        """
         gate = None if self.gate_logit is None else torch.sigmoid(self.gate_logit / self.temperature)
-        if self.kind == "linear":
-            return tap(hidden, self._wide_weight(hidden), state, gate)
-        projected = self._project(hidden)
+        # The op takes a gate's gradient out of dW: beside a frozen projection h would be kept for that alone.
+        only_gate = gate is not None and gate.requires_grad and not self.weight.requires_grad
+        if self.kind == "linear" and not only_gate:
+            return keeper.tap(hidden, self._wide_weight(hidden), state, gate)
+        projected = self._project(hidden, keeper)
         if state is None:
             return projected
         return state + projected if gate is None else projected + gate * (state - projected)
 
-    def _project(self, hidden: Tensor) -> Tensor:
+    def train_projection(self, trains: bool) -> None:
+        """Whether backward computes the gradient that needs hidden states, which is that of `weight`."""
+        if self.kind not in ("avg_pool", "max_pool"):
+            self.weight.requires_grad_(trains)
+
+    def _project(self, hidden: Tensor, keeper: TapKeeper) -> Tensor:
         if self.kind == "avg_pool":
             return F.adaptive_avg_pool1d(hidden, self.side_dim)
         if self.kind == "max_pool":
             return F.adaptive_max_pool1d(hidden, self.side_dim)
-        inner = tap(hidden, self._wide_weight(hidden))
+        inner = keeper.tap(hidden, self._wide_weight(hidden))
+        if self.kind == "linear":
+            return inner
         return F.linear(F.silu(inner) if self.kind == "adapter" else inner, self.expand.to(hidden.dtype))
 
     def _wide_weight(self, hidden: Tensor) -> Tensor:
@@ -141,7 +154,7 @@ class SideNetwork(nn.Module):
         self.num_layers = backbone.num_layers
         self.rope_theta = backbone.rope_theta
         self.eps = backbone.rms_norm_eps
-        self._side_layer_of = dict(pairs)
+        self.side_layer_of = dict(pairs)
         self.embedding_tap = Tap(config, width, side_dim, gated=False) if config.tap_embeddings else None
         gated = config.merge == "lst"
         self.taps = nn.ModuleList(
@@ -151,7 +164,27 @@ class SideNetwork(nn.Module):
         self.final_norm = nn.Parameter(torch.empty(side_dim)) if config.output == "side_only" else None
         self.side_up = nn.Parameter(torch.empty(width, side_dim))
         self.mix_alpha = nn.Parameter(torch.empty(())) if config.output == "mix" else None
+        self._tap_policy: TapPolicy = "device"
         self.reset_parameters()
+
+    @property
+    def tap_policy(self) -> TapPolicy:
+        """Where hidden states wait for backward, see `engine.tap_store`; no part of the configuration.
+
+        Set to "none" it freezes the down-projections, and unfreezes them when set to another policy after that.
+
+        Raises:
+            ValueError: set to something else.
+        """
+        return self._tap_policy
+
+    @tap_policy.setter
+    def tap_policy(self, policy: TapPolicy) -> None:
+        check_tap_policy(policy)
+        if "none" in (policy, self._tap_policy):
+            for tap in (*self.taps, *([] if self.embedding_tap is None else [self.embedding_tap])):
+                tap.train_projection(policy != "none")
+        self._tap_policy = policy
 
     @property
     def num_side_layers(self) -> int:
@@ -180,6 +213,16 @@ class SideNetwork(nn.Module):
                 values = torch.randn(parameter.shape, generator=generator)
                 parameter.copy_(values * (scale * parameter.shape[-1] ** -0.5))
 
+    def climb(self, layout: SequenceLayout, cache: DynamicCache | None = None, first_cache_layer: int = 0) -> Climb:
+        """A pass over T rows, to be shown the backbone's hidden states one by one.
+
+        Args:
+            layout: documents and positions of the T rows.
+            cache: keys and values of earlier columns while decoding.
+            first_cache_layer: cache index of side layer 0.
+        """
+        return Climb(self, layout, cache, first_cache_layer)
+
     def forward(
         self,
         hidden_stream: Iterator[tuple[int, Tensor]],
@@ -194,29 +237,18 @@ class SideNetwork(nn.Module):
 
         Args:
             hidden_stream: (i, h_i [T, D]) for i = 0..L in order, without gradient.
-            layout: documents and positions of the T rows.
-            cache: keys and values of earlier columns while decoding.
-            first_cache_layer: cache index of side layer 0.
+            layout, cache, first_cache_layer: as of `climb`.
 
         Returns:
             h_L [T, D] and s [T, S].
         """
-        state: Tensor | None = None
-        tables: tuple[Tensor, Tensor] | None = None
+        climb = self.climb(layout, cache, first_cache_layer)
         for index, hidden in hidden_stream:
-            if index == 0 and self.embedding_tap is not None:
-                state = self.embedding_tap(hidden, None)
-            if (side_layer := self._side_layer_of.get(index)) is not None:
-                state = self.taps[side_layer](hidden, state)
-                tables = tables or self._rotary(layout, state)
-                state = self.layers[side_layer](state, tables, layout, cache, first_cache_layer + side_layer)
+            climb.meet(index, hidden)
             if index < self.num_layers:
                 # The loop variable would keep this state alive while the backbone computes the next one.
                 del hidden
-        assert state is not None and tables is not None
-        for side_layer in range(len(self.taps), self.num_side_layers):
-            state = self.layers[side_layer](state, tables, layout, cache, first_cache_layer + side_layer)
-        return hidden, state
+        return hidden, climb.finish()
 
     def combine(self, hidden: Tensor, state: Tensor) -> Tensor:
         """y [R, D] from last hidden states [R, D] and side states [R, S] of the same rows.
@@ -234,6 +266,45 @@ class SideNetwork(nn.Module):
             return widened
         return hidden + (1 - self.mix_alpha) * (widened - hidden)
 
-    def _rotary(self, layout: SequenceLayout, state: Tensor) -> tuple[Tensor, Tensor]:
+    def rotary(self, layout: SequenceLayout, state: Tensor) -> tuple[Tensor, Tensor]:
+        """cos and sin [T, head_dim] of the rows in the state's dtype."""
         frequencies = inverse_frequencies(self.rope_theta, self.dims.head_dim, state.device)
         return rotary_table(layout.positions, frequencies, state.dtype)
+
+
+class Climb:
+    """One pass of a side network over T rows, from the first tap to the last side layer; see `SideNetwork.climb`."""
+
+    def __init__(
+        self, network: SideNetwork, layout: SequenceLayout, cache: DynamicCache | None, first_cache_layer: int
+    ) -> None:
+        self._network = network
+        self._layout = layout
+        self._cache = cache
+        self._first_cache_layer = first_cache_layer
+        self._state: Tensor | None = None
+        self._tables: tuple[Tensor, Tensor] | None = None
+        self._keeper = TapKeeper(network.tap_policy)
+
+    def meet(self, index: int, hidden: Tensor) -> None:
+        """Take h_index [T, D], without gradient; nothing of it is held beyond what its tap's backward needs."""
+        network = self._network
+        if index == 0 and network.embedding_tap is not None:
+            self._state = network.embedding_tap(hidden, None, self._keeper)
+        if (tapped := network.side_layer_of.get(index)) is not None:
+            self._state = network.taps[tapped](hidden, self._state, self._keeper)
+            self._run_layer(tapped)
+
+    def finish(self) -> Tensor:
+        """The side state [T, S] after the layers above the last tap."""
+        for untapped in range(len(self._network.taps), self._network.num_side_layers):
+            self._run_layer(untapped)
+        assert self._state is not None
+        return self._state
+
+    def _run_layer(self, index: int) -> None:
+        assert self._state is not None
+        self._tables = self._tables or self._network.rotary(self._layout, self._state)
+        cache_layer = self._first_cache_layer + index
+        layer = self._network.layers[index]
+        self._state = layer(self._state, self._tables, self._layout, self._cache, cache_layer)

@@ -129,7 +129,7 @@ def test_nothing_of_a_backbone_block_is_saved_for_backward(preset: str, quantize
     assert len(forbidden) > 7 * backbone.config.num_layers, "the test must see the weights"
     assert not storages & forbidden
     side = model.side_network
-    tapped = set(side._side_layer_of) | ({0} if side.embedding_tap is not None else set())
+    tapped = set(side.side_layer_of) | ({0} if side.embedding_tap is not None else set())
     allowed = {yielded[index].untyped_storage().data_ptr() for index in tapped}
     parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     wide = [t for t in saved if t.dim() == 2 and t.shape[0] == tokens and t.shape[1] >= backbone.config.hidden_size]

@@ -14,6 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from engine.config import LadderConfig
 from engine.sequence import SequenceLayout
 from engine.side_network import SideNetwork
+from engine.tap_store import TapKeeper
 
 QWEN_7B = {
     "hidden_size": 3584,
@@ -152,9 +153,9 @@ def test_pooling_handles_a_width_that_is_no_multiple_of_the_side_width() -> None
     width, side_dim = TINY["hidden_size"], side.dims.side_dim
     bounds = [(i * width // side_dim, -(-(i + 1) * width // side_dim)) for i in range(side_dim)]
     expected = torch.stack([hidden[:, low:high].mean(1) for low, high in bounds], 1)
-    torch.testing.assert_close(side.taps[0](hidden, None), expected, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(side.taps[0](hidden, None, TapKeeper("device")), expected, rtol=1e-6, atol=1e-6)
     expected = torch.stack([hidden[:, low:high].amax(1) for low, high in bounds], 1)
-    assert torch.equal(network("ladder", tap_down="max_pool").taps[0](hidden, None), expected)
+    assert torch.equal(network("ladder", tap_down="max_pool").taps[0](hidden, None, TapKeeper("device")), expected)
 
 
 def watched(alive_when_asked: list[list[int]], grad: bool) -> Iterator[tuple[int, Tensor]]:
