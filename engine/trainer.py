@@ -80,8 +80,7 @@ class LadderMixin:
         self.step_graphs = StepGraphs(model, CudaGraphs(self.args.device)) if graphed else None
         self.clock = StepClock(self.args.device)
         self.peak_memory = PeakMemory(self.args.device)
-        self._layer_major = LayerMajor(16384)
-        self._passed: tuple[Tensor, Tensor] | None = None
+        self.layer_major = LayerMajor(16384)
         self._logged = (0, 0.0)
         self._eval_total = torch.zeros(2, dtype=torch.float64)
 
@@ -107,8 +106,7 @@ class LadderMixin:
         num_items_in_batch: Tensor | int | None = None,
     ) -> Tensor | tuple[Tensor, Any]:
         """Sum of the losses of this pass over `num_items_in_batch`, the supervised tokens of the whole step."""
-        outputs = model(**inputs, passed=self._passed, num_items_in_batch=num_items_in_batch)
-        self._passed = None
+        outputs = model(**inputs, num_items_in_batch=num_items_in_batch)
         loss = outputs.loss
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
             # num_items_in_batch counts all processes, whose gradients DDP will average instead of adding.
@@ -124,7 +122,7 @@ class LadderMixin:
         batches, num_items = super().get_batch_samples(*args, **kwargs)
         # DDP hooks into one forward per backward, and a graph is of one micro-batch.
         is_alone = self.accelerator.num_processes == 1 and self.step_graphs is None
-        self._layer_major.begin(batches if is_alone else ())
+        self.layer_major.begin(batches if is_alone else ())
         return batches, num_items
 
     def training_step(
@@ -134,8 +132,8 @@ class LadderMixin:
         self.clock.count(inputs["input_ids"].numel())
         stock_step = super().training_step
         if self.step_graphs is None:
-            self._passed = self._layer_major.take(self.accelerator.unwrap_model(model), inputs, self._prepare_inputs)
-            return stock_step(model, inputs, num_items_in_batch)
+            passed = self.layer_major.take(self.accelerator.unwrap_model(model), inputs, self._prepare_inputs)
+            return stock_step(model, {**inputs, "passed": passed}, num_items_in_batch)
         # What the stock step does before its first kernel, which a replay would leave out.
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
