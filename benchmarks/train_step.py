@@ -59,7 +59,7 @@ def _ladder(preset: str, cuda_graph: bool = False) -> Callable[[Case, Context], 
             if isinstance(value, Tensor):
                 batch[name] = value.to(context.device)
         training_pass = _training_pass(lambda: model(**batch).loss)
-        if cuda_graph:
+        if cuda_graph and context.device.type == "cuda":
             training_pass = _replayed(model, batch, context.device)
         return Runnable(
             _step(model, training_pass),

@@ -210,6 +210,18 @@ def test_replays_follow_inputs_and_parameters(preset: str) -> None:
     assert graphs._maker.replays == 3
 
 
+def test_another_layout_of_as_many_tokens_is_another_shape() -> None:
+    """Every tensor has the shape of before; only the host's document lengths differ."""
+    model = new_model()
+    graphs = StepGraphs(model, TapeGraphs())
+    for lengths in ((9, 6), (7, 8)):
+        batch = batch_of(*lengths)
+        expected_loss, _ = expected_pass(model, batch)
+        for _ in range(EAGER_PASSES + 1):
+            assert torch.equal(graphs(one_pass(model), batch), expected_loss)
+    assert len(graphs._captured) == 2
+
+
 @pytest.mark.parametrize("how", ["none", "zero", "replaced", "kept"])
 def test_gradients_are_added_to_what_is_there(how: str) -> None:
     """After a replay and whatever somebody did to `.grad`, the next pass adds to what is there, as autograd does."""
