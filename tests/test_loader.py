@@ -143,6 +143,14 @@ def test_bitsandbytes_checkpoints_load_as_they_are(packed_checkpoint: Path, orig
     assert torch.equal(ours.blocks[1].query.weight.packed, backbone.blocks[1].query.weight.packed)
 
 
+def test_a_packed_checkpoint_is_streamed_as_it_is(packed_checkpoint: Path, tmp_path: Path) -> None:
+    expected = load_backbone(packed_checkpoint, dtype=torch.float32)
+    for options in ({}, {"packed_cache": tmp_path / "cache"}, {"packed_cache": tmp_path / "cache"}):
+        backbone = load_backbone(packed_checkpoint, dtype=torch.float32, residency="host", **options)
+        assert_same_weights(backbone, expected)
+        assert backbone.fingerprint() == expected.fingerprint()
+
+
 def test_a_packed_checkpoint_is_not_silently_dense(packed_checkpoint: Path) -> None:
     with pytest.raises(ValueError, match=r"config\.json: quantize=False, but the checkpoint is already quantized"):
         load_backbone(packed_checkpoint, quantize=False)
@@ -176,14 +184,6 @@ def _fill(name: str, value: float, index: int = 0) -> Callable[[dict[str, Tensor
         tensors[name].view(-1)[index] = value
 
     return change
-
-
-def test_a_packed_checkpoint_is_streamed_as_it_is(packed_checkpoint: Path, tmp_path: Path) -> None:
-    expected = load_backbone(packed_checkpoint, dtype=torch.float32)
-    for options in ({}, {"packed_cache": tmp_path / "cache"}, {"packed_cache": tmp_path / "cache"}):
-        backbone = load_backbone(packed_checkpoint, dtype=torch.float32, residency="host", **options)
-        assert_same_weights(backbone, expected)
-        assert backbone.fingerprint() == expected.fingerprint()
 
 
 @pytest.mark.parametrize(
