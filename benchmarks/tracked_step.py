@@ -1,0 +1,140 @@
+"""Our training step at the shape of a real model under the tracker: same modules, same order as in training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from transformers import PreTrainedConfig
+
+from benchmarks.tracker import ACTIVATIONS, StorageTracker, tracked
+from engine.backbone import Backbone
+from engine.backbone.decoder import Block
+from engine.backbone.families import BackboneConfig, backbone_config, expected_tensors
+from engine.backbone.loader import assemble
+from engine.config import LadderConfig
+from engine.model import LadderModel
+from engine.rows import Rows
+from engine.sequence import SequenceLayout
+from engine.side_network import SideNetwork
+from ladder_kernels import NF4Weight
+
+
+def track_ladder(
+    hf_config: PreTrainedConfig,
+    config: LadderConfig,
+    tokens: int,
+    batch: int = 1,
+) -> StorageTracker:
+    """A tracked optimizer step whose every token is supervised, moments and scratch being there from a step before.
+
+    Args:
+        hf_config: the backbone's.
+        tokens: of each of the `batch` documents.
+    """
+    tracker, fake = StorageTracker(), FakeTensorMode(allow_non_fake_inputs=True)
+    shape = backbone_config(hf_config)
+    with tracked(tracker, fake):
+        tensors = empty_tensors(shape, tracker)
+    backbone = Backbone(shape, hf_config, *tensors)  # reads its rotary frequencies, which have to be real
+    with tracked(tracker, fake):
+        with tracker.making("side parameters"), patch.object(SideNetwork, "to", lambda module, device: module):
+            model = LadderModel(backbone, config)
+        _observe(model, tracker)
+        rows = Rows(torch.empty(batch * tokens, dtype=torch.int64), _layout(tokens, batch), (batch, tokens))
+        optimizer = optimizer_with_moments(model, tracker)
+        _step(model, rows, optimizer, tracker)
+    return tracker
+
+
+def empty_tensors(config: BackboneConfig, tracker: StorageTracker) -> tuple[Tensor, list[Block], Tensor, Tensor]:
+    """What a `Backbone` is made of, without contents, all of it on the device."""
+    parts = {config.names.embedding: "embedding", config.names.head: "head"}
+    loaded: dict[str, Tensor | NF4Weight] = {}
+    with tracker.phase("load"):
+        for name, expected in expected_tensors(config).items():
+            shape = expected.shape
+            with tracker.making(parts.get(name, "backbone layers")):
+                loaded[name] = empty_nf4(*shape) if expected.linear else torch.empty(shape, dtype=torch.bfloat16)
+    return assemble(config, loaded)
+
+
+def empty_nf4(rows: int, columns: int) -> NF4Weight:
+    """A double-quantized weight without contents."""
+    blocks = -(-rows * columns // 64)
+    return NF4Weight(
+        packed=torch.empty(-(-rows * columns // 2), dtype=torch.uint8),
+        absmax=torch.empty(blocks, dtype=torch.uint8),
+        codebook=torch.empty(16),
+        shape=(rows, columns),
+        dtype=torch.bfloat16,
+        absmax_scale=torch.empty(-(-blocks // 256)),
+        absmax_map=torch.empty(256),
+        absmax_offset=torch.empty(()),
+    )
+
+
+def optimizer_with_moments(model: nn.Module, tracker: StorageTracker) -> torch.optim.AdamW:
+    """Fused AdamW after a first step, as every step but the first finds it; gradients are counted as such."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-3, fused=True)
+    for parameter in trained:
+        parameter.grad = torch.empty_like(parameter)
+    with tracker.making("moments"):
+        optimizer.step()
+    optimizer.zero_grad()
+    for parameter in trained:
+        parameter.register_post_accumulate_grad_hook(lambda done: tracker.label(done.grad, "gradients"))
+    return optimizer
+
+
+def _layout(tokens: int, batch: int) -> SequenceLayout:
+    return SequenceLayout.packed((tokens,) * batch)
+
+
+def _observe(model: LadderModel, tracker: StorageTracker) -> None:
+    """Tell the tracker where the backbone's turns begin and end, and what is scratch."""
+    backbone, stream = model.backbone, model.backbone.hidden_states
+
+    def phased(*args: Any, **kwargs: Any) -> Iterator[tuple[int, Tensor]]:
+        iterator = stream(*args, **kwargs)
+        while True:
+            with tracker.phase("backbone pass"):
+                item = next(iterator, None)
+            if item is None:
+                return
+            yield item
+            del item
+
+    backbone.hidden_states = phased  # type: ignore[method-assign]
+    for workspace in (backbone._workspace, model._shared.workspace):
+        workspace.take = tracker.makes("scratch", workspace.take)  # type: ignore[method-assign]
+
+
+def _step(model: LadderModel, rows: Rows, optimizer: torch.optim.Optimizer, tracker: StorageTracker) -> None:
+    """What `LadderForCausalLM.forward` and a trainer do."""
+    count, width = len(rows.input_ids), model.backbone.config.hidden_size
+    targets, chosen = torch.empty(count, dtype=torch.int64), torch.empty(count, dtype=torch.int64)
+    model.loss(torch.empty(count, width, dtype=torch.bfloat16), targets)  # its scratch, as the last step left it
+
+    def kept(tensor: Tensor) -> Tensor:
+        part = "taps" if tensor.shape[-1:] == (width,) else "side states"
+        tracker.label(tensor, part, only_from=ACTIVATIONS)
+        return tensor
+
+    with tracker.phase("side forward"), torch.autograd.graph.saved_tensors_hooks(kept, lambda tensor: tensor):
+        hidden, state = model.run(rows)
+    with tracker.phase("loss"):
+        combined = model.combined(hidden, state, chosen)
+        del hidden, state
+        loss = model.loss(combined, targets) / count
+        del combined
+    with tracker.phase("backward"):
+        loss.backward()
+    with tracker.phase("optimizer"):
+        optimizer.step()
+        optimizer.zero_grad()

@@ -1,0 +1,409 @@
+"""What a training step will hold in memory, from the shapes in config.json and a `LadderConfig` alone.
+
+A step is a timeline of phases: load, backbone pass, side forward, loss, backward, optimizer. Every part (weights, taps,
+gradients ...) has a function that gives its bytes, every phase says which parts it holds, and the peak is the largest
+phase: parts that are never alive together are never added. Moments, gradients and scratch count as every step but the
+first finds them. `python -m benchmarks memory` counts the same storage by storage in the code that trains, and the
+tests hold the plan to within 5 % of that. GB is 1e9 bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+from typing import Literal
+
+import torch
+from torch import nn
+
+from engine.backbone.chunks import chunk_tokens
+from engine.backbone.families import BackboneConfig, ExpectedTensor, expected_tensors
+from engine.config import LadderConfig, SideDims, side_dims
+from engine.side_network import SideNetwork
+from ladder_kernels import native
+from ladder_kernels.launch import gpu_linear_plan, linear_plan, logit_chunk_bytes, logit_rows
+from ladder_kernels.reference import ABSMAX_BLOCK, INT8_GROUP
+
+GB = 10**9
+CARD_SHARE = 11 / 12
+"""Of a card sold as "12 GB", 11.0e9 bytes may be allocated; context, display and fragmentation take the rest."""
+
+_BLOCK = 64
+_NF4_TABLES = 4 * (16 + 256 + 1)  # codebook, map of the scales, their offset, fp32
+_PLANNED_CARD = (86, 28)  # scratch is planned for an RTX 3060; other cards take less
+_MOMENT_BLOCK = 256  # of 8-bit AdamW (torchao), one fp32 scale each
+
+Bytes = Mapping[str, int]
+
+
+@dataclass(frozen=True)
+class MemoryPolicies:
+    """Where things are kept and in how many bits: what a claim about memory has to name.
+
+    Attributes:
+        residency: packed layers stay on the "device", or are streamed from the "host" as they are needed.
+        resident_layers: of "host", the layers that stay on the device all the same.
+        prefetch: of "host", layers copied ahead of the one that computes.
+        taps: hidden states kept for tap_down's gradient: on the "device" in the compute dtype, as "int8" there, on the
+            "host", or "none" (for a down-projection that is not trained).
+        head_dtype: the frozen head in the compute dtype ("bf16"), "int8" or "nf4".
+        embedding: on the "device", or on the "host", from where the rows of a batch are gathered.
+        optimizer: "adamw" with fp32 moments, or "adamw_8bit".
+    """
+
+    residency: Literal["device", "host"] = "device"
+    resident_layers: int = 0
+    prefetch: int = 1
+    taps: Literal["device", "int8", "host", "none"] = "device"
+    head_dtype: Literal["bf16", "int8", "nf4"] = "bf16"
+    embedding: Literal["device", "host"] = "device"
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
+
+    def describe(self) -> str:
+        """As one line for people."""
+        layers = "all layers on the device" if self.residency == "device" else "layers streamed from the host"
+        if self.residency == "host" and self.resident_layers:
+            layers = f"{self.resident_layers} layers on the device, the others streamed from the host"
+        taps = {"device": "in 16 bits", "int8": "as int8", "host": "on the host", "none": "not kept"}[self.taps]
+        return f"{layers}; taps {taps}; head {self.head_dtype}; embedding on the {self.embedding}; {self.optimizer}"
+
+
+@dataclass(frozen=True)
+class Workload:
+    """What a step trains on, and where.
+
+    Attributes:
+        tokens: of one document.
+        batch: documents in one pass.
+        accumulation: passes per optimizer step; beyond one, gradients are there during the passes too.
+        device_type: "cuda" or "cpu".
+        itemsize: bytes of the compute dtype.
+    """
+
+    tokens: int
+    batch: int = 1
+    accumulation: int = 1
+    device_type: str = "cuda"
+    itemsize: int = 2
+
+    def __post_init__(self) -> None:
+        for name in ("tokens", "batch", "accumulation"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+    @property
+    def rows(self) -> int:
+        """Rows T of a pass, all of them supervised: the most there can be."""
+        return self.tokens * self.batch
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """Bytes by phase and part.
+
+    Attributes:
+        phases: on the device, by phase in the order of the timeline.
+        host: in host memory.
+        policies: that this was planned with.
+    """
+
+    phases: Mapping[str, Bytes]
+    host: Bytes
+    policies: MemoryPolicies
+
+    def phase_bytes(self, phase: str) -> int:
+        """Held at the worst moment of a phase."""
+        return sum(self.phases[phase].values())
+
+    @property
+    def peak_phase(self) -> str:
+        """The phase that needs most."""
+        return max(self.phases, key=self.phase_bytes)
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that is held on the device at any time."""
+        return self.phase_bytes(self.peak_phase)
+
+    @property
+    def host_bytes(self) -> int:
+        """Held in host memory."""
+        return sum(self.host.values())
+
+
+def nf4_bytes(rows: int, columns: int) -> int:
+    """A double-quantized NF4 matrix: half a byte a weight, a byte a block of 64, four bytes a block of 256 of those."""
+    blocks = -(-rows * columns // _BLOCK)
+    return -(-rows * columns // 2) + blocks + 4 * -(-blocks // ABSMAX_BLOCK) + _NF4_TABLES
+
+
+def int8_bytes(rows: int, columns: int) -> int:
+    """An int8 matrix with one fp32 scale for each group of 64 columns of a row."""
+    return rows * columns + 4 * rows * -(-columns // INT8_GROUP)
+
+
+def layer_bytes(backbone: BackboneConfig, itemsize: int) -> int:
+    """One packed decoder block with its norms and biases."""
+    tensors = layer_tensors(backbone).values()
+    packed = sum(nf4_bytes(*tensor.shape) for tensor in tensors if tensor.linear)
+    return packed + itemsize * sum(math.prod(tensor.shape) for tensor in tensors if not tensor.linear)
+
+
+def layer_tensors(backbone: BackboneConfig) -> dict[str, ExpectedTensor]:
+    """What one decoder block is made of."""
+    prefix = backbone.names.layer.format(0)
+    return {name: tensor for name, tensor in expected_tensors(backbone).items() if name.startswith(prefix)}
+
+
+def side_parameters(backbone: BackboneConfig, config: LadderConfig) -> int:
+    """Trained parameters of the side network."""
+    return _count(_meta_side_network(backbone, config))
+
+
+@lru_cache(maxsize=64)
+def _meta_side_network(backbone: BackboneConfig, config: LadderConfig) -> SideNetwork:
+    """The side network without memory."""
+    with torch.device("meta"):
+        return SideNetwork(config, backbone)
+
+
+def _count(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def plan_memory(
+    backbone: BackboneConfig, config: LadderConfig, work: Workload, policies: MemoryPolicies | None = None
+) -> MemoryPlan:
+    """The memory of a training step, by phase and part.
+
+    Args:
+        backbone: shapes of the backbone.
+        config: of the side network.
+        work: tokens, and where they are trained on.
+        policies: None for the defaults.
+
+    Raises:
+        ValueError: the configuration does not fit the backbone's number of blocks.
+    """
+    return _Parts(backbone, config, work, policies or MemoryPolicies()).plan()
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Bytes of every part of one step; T rows, backbone width D, side width S, `itemsize` bytes a number."""
+
+    backbone: BackboneConfig
+    config: LadderConfig
+    work: Workload
+    policies: MemoryPolicies
+
+    def plan(self) -> MemoryPlan:
+        weights = self.weights()
+        held = weights | {"side parameters": 4 * self.parameters, "moments": self.moments(), "scratch": self.scratch()}
+        gradients = {"gradients": 4 * self.parameters}
+        during = held | (gradients if self.work.accumulation > 1 else {})
+        taps, states = self.taps(self.num_taps), self.states()
+        last = self.taps(self.num_taps - 1)  # while the last block computes, its own output is not kept yet
+        loss, loss_backward = self.loss()
+        kept = during | {"taps": taps, "side states": states}
+        phases = {
+            "load": weights | {"activations": self.loading()},
+            "backbone pass": during | {"taps": last, "side states": states, "activations": self.block()},
+            "side forward": kept | {"activations": self.last_hidden() + self.side_forward()},
+            "loss": kept | {"activations": self.last_hidden() + loss},
+            "backward": self.backward(held | gradients, kept, loss_backward),
+            "optimizer": held | gradients,
+        }
+        return MemoryPlan(phases, self.host(), self.policies)
+
+    @cached_property
+    def dims(self) -> SideDims:
+        return side_dims(self.backbone, self.config.reduction_factor)
+
+    @cached_property
+    def parameters(self) -> int:
+        """Trained parameters."""
+        return _count(self._side_network)
+
+    @cached_property
+    def _side_network(self) -> SideNetwork:
+        return _meta_side_network(self.backbone, self.config)
+
+    @cached_property
+    def num_taps(self) -> int:
+        """Hidden states that are tapped, the embeddings included."""
+        return len(self._side_network.taps) + self.config.tap_embeddings
+
+    @cached_property
+    def layer_bytes(self) -> int:
+        return layer_bytes(self.backbone, self.work.itemsize)
+
+    def weights(self) -> dict[str, int]:
+        """The frozen weights on the device."""
+        policies, layers = self.policies, self.backbone.num_layers
+        resident, staged = layers, 0
+        if policies.residency == "host":
+            resident = min(policies.resident_layers, layers)
+            staged = min(policies.prefetch + 1, layers - resident)
+        norm = self.work.itemsize * self.backbone.hidden_size
+        return {
+            "backbone layers": resident * self.layer_bytes,
+            "layers in flight": staged * self.layer_bytes,
+            "head": self.head() + norm,
+            "embedding": 0 if policies.embedding == "host" else self._embedding_beside_head(),
+        }
+
+    def _embedding_beside_head(self) -> int:
+        """The embedding; nothing where it is the head."""
+        is_head = self.backbone.tie_word_embeddings and self.policies.head_dtype == "bf16"
+        return 0 if is_head else self.table_bytes
+
+    @property
+    def table_bytes(self) -> int:
+        """One [V, D] matrix in the compute dtype."""
+        return self.work.itemsize * self.backbone.vocab_size * self.backbone.hidden_size
+
+    def head(self) -> int:
+        """The output matrix [V, D]."""
+        size = (self.backbone.vocab_size, self.backbone.hidden_size)
+        return {"bf16": self.table_bytes, "int8": int8_bytes(*size), "nf4": nf4_bytes(*size)}[self.policies.head_dtype]
+
+    def moments(self) -> int:
+        """AdamW's two moments: fp32, or bytes with a scale per 256."""
+        if self.policies.optimizer == "adamw":
+            return 8 * self.parameters
+        return 2 * (self.parameters + 4 * -(-self.parameters // _MOMENT_BLOCK))
+
+    def scratch(self) -> int:
+        """Panels of decoded weights and a chunk of logits, kept from step to step."""
+        return self.panels() + self.logits()
+
+    def panels(self) -> int:
+        """Scratch of the largest `nf4_linear`."""
+        itemsize, rows = self.work.itemsize, self.work.rows
+        sizes = {tensor.shape for tensor in layer_tensors(self.backbone).values() if tensor.linear}
+        if self.work.device_type == "cuda":
+            return max(gpu_linear_plan(rows, *size, _BLOCK, itemsize, *_PLANNED_CARD).scratch_bytes for size in sizes)
+        isa = native.isa()
+        return max(linear_plan(rows, *size, _BLOCK, itemsize, isa).scratch_bytes for size in sizes)
+
+    def logits(self) -> int:
+        """A chunk of logits, counted in fp32 to choose its rows; without kernels 16 bits have an fp32 copy."""
+        vocabulary, itemsize = self.backbone.vocab_size, self.work.itemsize
+        rows = logit_rows(self.work.rows, vocabulary, 4, logit_chunk_bytes(self.work.device_type))
+        is_widened = itemsize == 2 and self.work.device_type == "cpu" and not native.available()
+        return rows * vocabulary * (itemsize + (4 if is_widened else 0))
+
+    def tap(self) -> int:
+        """One hidden state [T, D] as it is kept for the gradient of its down-projection."""
+        rows, width = self.work.rows, self.backbone.hidden_size
+        if self.config.tap_down in ("avg_pool", "max_pool"):
+            return 0
+        kinds = {"device": self.hidden(), "int8": int8_bytes(rows, width), "host": 0, "none": 0}
+        return kinds[self.policies.taps]
+
+    def taps(self, count: int) -> int:
+        """So many kept hidden states on the device; those on the host pass through two buffers."""
+        in_flight = 2 * self.hidden() if self.policies.taps == "host" and count else 0
+        return count * self.tap() + in_flight
+
+    def hidden(self) -> int:
+        """One [T, D]."""
+        return self.work.itemsize * self.work.rows * self.backbone.hidden_size
+
+    def last_hidden(self) -> int:
+        """h_L, which the output needs, where it is not kept as a tap."""
+        is_tap = self.policies.taps == "device" and self.config.tap_down not in ("avg_pool", "max_pool")
+        return 0 if is_tap else self.hidden()
+
+    def states(self) -> int:
+        """Side states [T, S] and the rotary table: a side layer keeps its input, a gated merge what it merged with."""
+        network, rows, itemsize = self._side_network, self.work.rows, self.work.itemsize
+        gates = sum(tap.gate_logit is not None for tap in network.taps)
+        numbers = (network.num_side_layers + gates + 1) * self.dims.side_dim + 2 * self.dims.head_dim
+        if self.config.tap_down in ("low_rank", "adapter"):
+            inner = 2 if self.config.tap_down == "adapter" else 1
+            numbers += self.num_taps * inner * self.config.tap_rank
+        return itemsize * rows * numbers
+
+    def block(self) -> int:
+        """Activations of one backbone block at its worst moment, its stages in slices where they are long."""
+        backbone, rows, itemsize = self.backbone, self.work.rows, self.work.itemsize
+        width, inner = backbone.hidden_size, backbone.intermediate_size
+        queries, keys = backbone.num_heads * backbone.head_dim, backbone.num_kv_heads * backbone.head_dim
+        heads = queries + 2 * keys
+        size = chunk_tokens(rows, (width + 2 * heads) * itemsize)
+        # Normed states, then heads before and after the rotation, v only once.
+        projections = size * (width + 2 * heads - keys) + (rows * heads if size < rows else 0)
+        size = chunk_tokens(rows, 2 * (width + inner) * itemsize)
+        # Normed states, gate and up; the hidden states are there in full.
+        mlp = rows * width + size * (width + (2 if self._has_kernels else 4) * inner)
+        attention = max(projections, rows * (heads + queries)) + (rows * width if self.policies.taps != "device" else 0)
+        return itemsize * (max(attention, mlp) + rows * 2 * backbone.head_dim)
+
+    @property
+    def _has_kernels(self) -> bool:
+        """Whether element-wise passes write in place instead of making intermediates."""
+        return self.work.device_type == "cuda" or native.available()
+
+    def side_forward(self) -> int:
+        """One side layer: its parameters rounded, heads, attention, output."""
+        dims, itemsize = self.dims, self.work.itemsize
+        numbers = self._side_heads + 3 * dims.side_dim + (0 if self.work.device_type == "cuda" else self._plain_side)
+        return itemsize * (self._layer_parameters + self.work.rows * numbers)
+
+    @property
+    def _plain_side(self) -> int:
+        """Per row, what a side layer in plain torch makes besides: rotation, gate and up, SiLU, product."""
+        return 2 * self._side_heads + 4 * self.dims.intermediate_size
+
+    @property
+    def _side_heads(self) -> int:
+        return (self.dims.num_heads + 2 * self.dims.num_kv_heads) * self.dims.head_dim
+
+    @property
+    def _layer_parameters(self) -> int:
+        return _count(self._side_network.layers[0])
+
+    def side_backward(self) -> int:
+        """One side layer computed again, and its gradients."""
+        dims, itemsize = self.dims, self.work.itemsize
+        numbers = 4 * self._side_heads + 9 * dims.side_dim + 3 * dims.intermediate_size
+        numbers += 0 if self.work.device_type == "cuda" else 4 * dims.intermediate_size
+        return itemsize * (self._layer_parameters + self.work.rows * numbers)
+
+    def loss(self) -> tuple[int, int]:
+        """Per supervised row of width D: the final norm forward, and the loss and that norm backward.
+
+        In 16 bits the norm computes in fp32, in pieces that autograd sees: forward holds h_L and y, the wide row, its
+        quotient and both roundings; backward six wide rows. In fp32 it is one op.
+        """
+        forward, backward = (14, 24) if self.work.itemsize == 2 else (12, 16)
+        if self.config.output == "mix":
+            forward, backward = forward + self.work.itemsize, backward + self.work.itemsize
+        numbers = self.work.rows * self.backbone.hidden_size
+        return forward * numbers, backward * numbers
+
+    def backward(self, at_end: Bytes, kept: Bytes, loss_backward: int) -> Bytes:
+        """The worse of its two ends: nothing is freed yet, or every gradient is there."""
+        layers = self._side_network.num_side_layers
+        first = kept | {"activations": loss_backward}
+        last = {"taps": self.taps(1), "side states": self.states() // layers, "activations": self.side_backward()}
+        return max(first, dict(at_end) | last, key=lambda parts: sum(parts.values()))
+
+    def loading(self) -> int:
+        """The largest tensor that is quantized, as it was stored in 16 bits."""
+        return max(2 * math.prod(tensor.shape) for tensor in layer_tensors(self.backbone).values() if tensor.linear)
+
+    def host(self) -> Bytes:
+        """What policies put into host memory, and the buffer that tensors are read through while loading."""
+        policies, layers = self.policies, self.backbone.num_layers
+        streamed = max(layers - policies.resident_layers, 0) if policies.residency == "host" else 0
+        return {
+            "streamed layers": streamed * self.layer_bytes,
+            "embedding": self.table_bytes if policies.embedding == "host" else 0,
+            "taps": self.num_taps * self.hidden() if policies.taps == "host" else 0,
+            "largest tensor, while loading": self.table_bytes,
+        }
