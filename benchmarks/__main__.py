@@ -1,4 +1,4 @@
-"""Command line: `python -m benchmarks list`, `NAME ... [options]`, `gpu --out DIR` or `sass`."""
+"""Command line: `python -m benchmarks list`, `NAME ... [options]`, `gpu --out DIR`, `sass` or `memory`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import gpu, sass
+from benchmarks import gpu, memory_table, sass
 from benchmarks.kernels_path import kernels_notice
 from benchmarks.measure import CaseResult, measure_case
 from benchmarks.provenance import FOREIGN_LOAD_LIMIT_PERCENT, mark_of, provenance
@@ -37,6 +37,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return gpu.main(arguments[1:])
     if arguments[:1] == ["sass"]:
         return sass.main(arguments[1:])
+    if arguments[:1] == ["memory"]:
+        return memory_table.main(arguments[1:])
     options = _parser().parse_args(arguments)
     if options.names == ["list"]:
         print(_listing())
@@ -57,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
         "names",
         nargs="+",
         metavar="NAME",
-        help="benchmarks, or `list`; `gpu` and `sass` have options of their own",
+        help="benchmarks, or `list`; `gpu`, `sass` and `memory` have options of their own",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(

@@ -83,9 +83,11 @@ SHAPES = {
     "Qwen2.5-1.5B": ModelShape("qwen2", 1536, 8960, 28, 12, 2, 128, 151936, True, 131072, 1e-6, 1e6),
     "Qwen2.5-3B": ModelShape("qwen2", 2048, 11008, 36, 16, 2, 128, 151936, True, 32768, 1e-6, 1e6),
     "Qwen2.5-7B": ModelShape("qwen2", 3584, 18944, 28, 28, 4, 128, 152064, False, 131072, 1e-6, 1e6),
+    "Qwen2.5-14B": ModelShape("qwen2", 5120, 13824, 48, 40, 8, 128, 152064, False, 131072, 1e-5, 1e6),
     "Qwen2.5-32B": ModelShape("qwen2", 5120, 27648, 64, 40, 8, 128, 152064, False, 131072, 1e-5, 1e6),
     "Llama-3.2-1B": ModelShape("llama", 2048, 8192, 16, 32, 8, 64, 128256, True, 131072, 1e-5, 5e5, 32.0),
     "Llama-3.1-8B": ModelShape("llama", 4096, 14336, 32, 32, 8, 128, 128256, False, 131072, 1e-5, 5e5, 8.0),
+    "Llama-3.1-70B": ModelShape("llama", 8192, 28672, 80, 64, 8, 128, 128256, False, 131072, 1e-5, 5e5, 8.0),
     "Llama-2-7B": ModelShape("llama", 4096, 11008, 32, 32, 32, 128, 32000, False, 4096, 1e-5, 1e4),
     "toy": ModelShape("qwen2", 64, 128, 4, 2, 1, 32, 256, True, 512, 1e-6, 1e4),
 }

@@ -12,7 +12,7 @@ DEFAULT_LEARNING_RATE = 3e-3
 
 @dataclass
 class LadderArguments(TrainingArguments):
-    """`transformers.TrainingArguments` with other defaults and `max_length`.
+    """`transformers.TrainingArguments` with other defaults, `max_length` and `ignore_memory_plan`.
 
     The learning rate is about ten times what low-rank adapters take (LST trains side networks with 3e-3), reached after
     a warm-up of 3 % of the steps and followed by a cosine. Evaluation never builds logits.
@@ -28,6 +28,7 @@ class LadderArguments(TrainingArguments):
     prediction_loss_only: bool = field(default=True, metadata={"help": "Evaluation returns the loss and nothing else."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Data is tokenized by the trainer itself."})
     max_length: int = field(default=DEFAULT_MAX_LENGTH, metadata={"help": "Longest sample, in tokens."})
+    ignore_memory_plan: bool = field(default=False, metadata={"help": "Start even where the plan exceeds free memory."})
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 from engine.backbone.families import BackboneConfig
 from engine.config import LadderConfig
-from engine.memory import MemoryPlan, Workload, layer_bytes, layer_tensors, side_parameters
+from engine.memory import MemoryPlan, Workload
+from engine.sizes import layer_bytes, layer_tensors, side_parameters
 
 
 @dataclass(frozen=True)
@@ -94,4 +95,4 @@ def break_even_tokens(backbone: BackboneConfig, card: Card) -> float:
 
 def layer_parameters(backbone: BackboneConfig) -> int:
     """Weights of the linears of one decoder block."""
-    return sum(math.prod(tensor.shape) for tensor in layer_tensors(backbone).values() if tensor.linear)
+    return sum(math.prod(tensor.shape) for tensor in layer_tensors(backbone) if tensor.linear)

@@ -58,6 +58,9 @@ def train(
     reduction_factor: Annotated[int | None, typer.Option(help="Backbone width over side width.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML or JSON file with these names; options win.")] = None,
     overwrite: Annotated[bool | None, typer.Option("--overwrite", help="Replace a finished run in --output.")] = None,
+    ignore_memory_plan: Annotated[
+        bool | None, typer.Option("--ignore-memory-plan", help="Start even where the plan exceeds free memory.")
+    ] = None,
 ) -> None:
     """Train a side network. Without arguments: the quickstart, offline, on a shipped backbone and task."""
     given = {name: value for name, value in locals().items() if name != "config"}
@@ -76,6 +79,33 @@ def _train_options(given: dict[str, Any], config: Path | None) -> Any:
     values = {} if config is None else read_options_file(config)
     values |= {name: value for name, value in given.items() if value is not None}
     return with_values(QUICKSTART if values.get("model") is None else TrainOptions(), values)
+
+
+@app.command()
+def plan(
+    model: Annotated[str, typer.Option(help="Backbone: folder, config.json or hub id. No weights are needed.")],
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens of a document.")] = 2048,
+    budget: Annotated[
+        str, typer.Option(help="Memory of the card as it is sold; of 12GB, 11.0 are planned with.")
+    ] = "12GB",
+    batch_size: Annotated[int, typer.Option(min=1, help="Documents in one pass.")] = 1,
+    gradient_accumulation_steps: Annotated[
+        int, typer.Option("--gradient-accumulation-steps", "--gradient-accumulation", min=1, help="Passes per step.")
+    ] = 1,
+    preset: Annotated[str, typer.Option(help="Side network: ladder, xladder, lst or qst.")] = "ladder",
+    reduction_factor: Annotated[int, typer.Option(help="Backbone width over side width.")] = 16,
+) -> None:
+    """Plan the memory of training on a GPU: every part, the policies to choose, time bounds, and what fits."""
+    with _errors():
+        from engine.config import LadderConfig
+        from engine.memory import Workload
+        from engine.planner import Planner, budget_report, parse_bytes
+        from engine.preflight import read_shape
+
+        card_bytes = parse_bytes(budget)
+        planner = Planner(read_shape(model), LadderConfig.preset(preset, reduction_factor=reduction_factor))
+        work = Workload(tokens, batch_size, gradient_accumulation_steps)
+        typer.echo("\n".join(budget_report(planner, work, card_bytes)))
 
 
 @app.command()

@@ -17,8 +17,11 @@ from engine.collator import IGNORE_INDEX
 from engine.config import LadderConfig
 from engine.data import TokenizedDataset, prefix_ids, prepare_dataset, show_sample
 from engine.dtypes import compute_dtype
+from engine.memory import MemoryPolicies, Workload
 from engine.model import LadderForCausalLM
 from engine.options import TrainOptions
+from engine.planner import Planner, plan_summary
+from engine.preflight import check_free, free_bytes, read_shape
 from engine.quickstart import defaults
 from engine.records import DataError, Records, read_records
 from engine.summary import SUMMARY_FILE, PeakMemory, Summary
@@ -55,8 +58,10 @@ def finetune(options: TrainOptions, echo: Echo) -> Summary:
     # The cheap checks come before the expensive load.
     config = LadderConfig.preset(options.preset, reduction_factor=options.reduction_factor, seed=options.seed)
     records = _records(options)
+    source = options.model or defaults.backbone_path()
+    _plan(options, source, config, device, echo)
     memory = PeakMemory(device)
-    model = LadderForCausalLM.from_backbone(options.model or defaults.backbone_path(), config, device=device)
+    model = LadderForCausalLM.from_backbone(source, config, device=device)
     tokenizer = model.backbone.tokenizer()
     data = _tokenized(options, records, tokenizer, model)
     echo(_describe(options, model, data, device))
@@ -93,6 +98,22 @@ def finetune(options: TrainOptions, echo: Echo) -> Summary:
     summary.write(output)
     echo(_result(summary, output))
     return summary
+
+
+def _plan(options: TrainOptions, source: str, config: LadderConfig, device: str, echo: Echo) -> None:
+    """Print the memory that the run will take; raise where that is not free."""
+    planner, policies = Planner(read_shape(source), config), MemoryPolicies()
+    work = Workload(
+        options.max_length,
+        options.batch_size,
+        options.gradient_accumulation_steps,
+        device,
+        compute_dtype(device).itemsize,
+    )
+    plan = planner.plan(work, policies)
+    echo("\n".join(plan_summary(plan)))
+    if not options.ignore_memory_plan:
+        check_free(planner, work, policies, plan.peak_bytes, free_bytes(device))
 
 
 def check_output(output: Path, overwrite: bool) -> None:
@@ -153,6 +174,7 @@ def _arguments(options: TrainOptions, device: str) -> LadderArguments:
         per_device_eval_batch_size=options.batch_size,
         gradient_accumulation_steps=options.gradient_accumulation_steps,
         max_length=options.max_length,
+        ignore_memory_plan=options.ignore_memory_plan,
         seed=options.seed,
         logging_steps=max(steps // 10, 1) if options.steps else 10,
         save_strategy="no",

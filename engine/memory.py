@@ -12,26 +12,21 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property
 from typing import Literal
 
-import torch
-from torch import nn
-
 from engine.backbone.chunks import chunk_tokens
-from engine.backbone.families import BackboneConfig, ExpectedTensor, expected_tensors
+from engine.backbone.families import BackboneConfig
 from engine.config import LadderConfig, SideDims, side_dims
 from engine.side_network import SideNetwork
+from engine.sizes import NF4_BLOCK, count, int8_bytes, layer_bytes, layer_tensors, meta_side_network, nf4_bytes
 from ladder_kernels import native
 from ladder_kernels.launch import gpu_linear_plan, linear_plan, logit_chunk_bytes, logit_rows
-from ladder_kernels.reference import ABSMAX_BLOCK, INT8_GROUP
 
 GB = 10**9
 CARD_SHARE = 11 / 12
 """Of a card sold as "12 GB", 11.0e9 bytes may be allocated; context, display and fragmentation take the rest."""
 
-_BLOCK = 64
-_NF4_TABLES = 4 * (16 + 256 + 1)  # codebook, map of the scales, their offset, fp32
 _PLANNED_CARD = (86, 28)  # scratch is planned for an RTX 3060; other cards take less
 _MOMENT_BLOCK = 256  # of 8-bit AdamW (torchao), one fp32 scale each
 
@@ -128,49 +123,16 @@ class MemoryPlan:
         return self.phase_bytes(self.peak_phase)
 
     @property
+    def loaded_bytes(self) -> int:
+        """Held on the device once backbone and side network are there."""
+        return (
+            self.phase_bytes("load") - self.phases["load"]["activations"] + self.phases["optimizer"]["side parameters"]
+        )
+
+    @property
     def host_bytes(self) -> int:
         """Held in host memory."""
         return sum(self.host.values())
-
-
-def nf4_bytes(rows: int, columns: int) -> int:
-    """A double-quantized NF4 matrix: half a byte a weight, a byte a block of 64, four bytes a block of 256 of those."""
-    blocks = -(-rows * columns // _BLOCK)
-    return -(-rows * columns // 2) + blocks + 4 * -(-blocks // ABSMAX_BLOCK) + _NF4_TABLES
-
-
-def int8_bytes(rows: int, columns: int) -> int:
-    """An int8 matrix with one fp32 scale for each group of 64 columns of a row."""
-    return rows * columns + 4 * rows * -(-columns // INT8_GROUP)
-
-
-def layer_bytes(backbone: BackboneConfig, itemsize: int) -> int:
-    """One packed decoder block with its norms and biases."""
-    tensors = layer_tensors(backbone).values()
-    packed = sum(nf4_bytes(*tensor.shape) for tensor in tensors if tensor.linear)
-    return packed + itemsize * sum(math.prod(tensor.shape) for tensor in tensors if not tensor.linear)
-
-
-def layer_tensors(backbone: BackboneConfig) -> dict[str, ExpectedTensor]:
-    """What one decoder block is made of."""
-    prefix = backbone.names.layer.format(0)
-    return {name: tensor for name, tensor in expected_tensors(backbone).items() if name.startswith(prefix)}
-
-
-def side_parameters(backbone: BackboneConfig, config: LadderConfig) -> int:
-    """Trained parameters of the side network."""
-    return _count(_meta_side_network(backbone, config))
-
-
-@lru_cache(maxsize=64)
-def _meta_side_network(backbone: BackboneConfig, config: LadderConfig) -> SideNetwork:
-    """The side network without memory."""
-    with torch.device("meta"):
-        return SideNetwork(config, backbone)
-
-
-def _count(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def plan_memory(
@@ -225,11 +187,11 @@ class _Parts:
     @cached_property
     def parameters(self) -> int:
         """Trained parameters."""
-        return _count(self._side_network)
+        return count(self._side_network)
 
     @cached_property
     def _side_network(self) -> SideNetwork:
-        return _meta_side_network(self.backbone, self.config)
+        return meta_side_network(self.backbone, self.config)
 
     @cached_property
     def num_taps(self) -> int:
@@ -283,11 +245,13 @@ class _Parts:
     def panels(self) -> int:
         """Scratch of the largest `nf4_linear`."""
         itemsize, rows = self.work.itemsize, self.work.rows
-        sizes = {tensor.shape for tensor in layer_tensors(self.backbone).values() if tensor.linear}
+        sizes = {tensor.shape for tensor in layer_tensors(self.backbone) if tensor.linear}
         if self.work.device_type == "cuda":
-            return max(gpu_linear_plan(rows, *size, _BLOCK, itemsize, *_PLANNED_CARD).scratch_bytes for size in sizes)
+            return max(
+                gpu_linear_plan(rows, *size, NF4_BLOCK, itemsize, *_PLANNED_CARD).scratch_bytes for size in sizes
+            )
         isa = native.isa()
-        return max(linear_plan(rows, *size, _BLOCK, itemsize, isa).scratch_bytes for size in sizes)
+        return max(linear_plan(rows, *size, NF4_BLOCK, itemsize, isa).scratch_bytes for size in sizes)
 
     def logits(self) -> int:
         """A chunk of logits, counted in fp32 to choose its rows; without kernels 16 bits have an fp32 copy."""
@@ -365,7 +329,7 @@ class _Parts:
 
     @property
     def _layer_parameters(self) -> int:
-        return _count(self._side_network.layers[0])
+        return count(self._side_network.layers[0])
 
     def side_backward(self) -> int:
         """One side layer computed again, and its gradients."""
@@ -395,7 +359,7 @@ class _Parts:
 
     def loading(self) -> int:
         """The largest tensor that is quantized, as it was stored in 16 bits."""
-        return max(2 * math.prod(tensor.shape) for tensor in layer_tensors(self.backbone).values() if tensor.linear)
+        return max(2 * math.prod(tensor.shape) for tensor in layer_tensors(self.backbone) if tensor.linear)
 
     def host(self) -> Bytes:
         """What policies put into host memory, and the buffer that tensors are read through while loading."""

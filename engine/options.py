@@ -27,6 +27,7 @@ class TrainOptions:
         gradient_accumulation_steps: passes per optimizer step.
         reduction_factor: backbone width over side width.
         overwrite: replace a finished run in `output`.
+        ignore_memory_plan: start even where the plan exceeds free memory.
     """
 
     preset: str = "ladder"
@@ -42,6 +43,7 @@ class TrainOptions:
     gradient_accumulation_steps: int = 4
     reduction_factor: int = 16
     overwrite: bool = False
+    ignore_memory_plan: bool = False
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "gradient_accumulation_steps", "reduction_factor", "steps"):
@@ -65,6 +67,7 @@ _TYPES: dict[str, type] = {
     "gradient_accumulation_steps": int,
     "reduction_factor": int,
     "overwrite": bool,
+    "ignore_memory_plan": bool,
 }
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 

@@ -20,7 +20,10 @@ from engine.checkpoint import load_adapter
 from engine.collator import Collator
 from engine.config import LadderConfig
 from engine.data import prepare_dataset
+from engine.memory import GB, MemoryPolicies, Workload
 from engine.model import LadderForCausalLM
+from engine.planner import Planner
+from engine.preflight import check_free, free_bytes
 from engine.summary import PeakMemory, StepClock
 
 
@@ -140,10 +143,35 @@ class LadderMixin:
         return output
 
     def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """The stock training; afterwards `clock` holds the seconds and tokens of its steps."""
+        """The stock training; afterwards `clock` holds the seconds and tokens of its steps.
+
+        Raises:
+            MemoryPlanError: it would need more memory than is free, and `ignore_memory_plan` is not set.
+        """
+        self._check_memory()
         output = super().train(*args, **kwargs)
         self.clock.stop()
         return output
+
+    def _check_memory(self) -> None:
+        """Print what training will hold beyond what is loaded; raise where that is not free."""
+        args, model = self.args, self.accelerator.unwrap_model(self.model)
+        backbone = model.backbone
+        planner, policies = Planner(backbone.config, model.ladder_config), MemoryPolicies()
+        work = Workload(
+            getattr(args, "max_length", None) or DEFAULT_MAX_LENGTH,
+            args.per_device_train_batch_size,
+            args.gradient_accumulation_steps,
+            backbone.device.type,
+            backbone.dtype.itemsize,
+        )
+        plan = planner.plan(work, policies)
+        needed, free = plan.peak_bytes - plan.loaded_bytes, free_bytes(backbone.device)
+        if self.is_world_process_zero():
+            known = "unknown" if free is None else f"{free / GB:.2f} GB"
+            print(f"Memory plan: {needed / GB:.2f} GB more at the peak ({plan.peak_phase}), free: {known}")
+        if not getattr(args, "ignore_memory_plan", False):
+            check_free(planner, work, policies, needed, free)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The stock log with throughput since the last line and peak memory so far."""

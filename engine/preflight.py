@@ -1,0 +1,74 @@
+"""Before training starts: what it will hold against what is free, from config.json before loading and again after."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from engine.backbone.families import BackboneConfig, backbone_config, parse_config
+from engine.backbone.files import CONFIG, locate, read_json
+from engine.backbone.shards import CheckpointError
+from engine.memory import GB, MemoryPolicies, Workload
+from engine.planner import Planner
+
+_MEMINFO = Path("/proc/meminfo")
+
+
+class MemoryPlanError(ValueError):
+    """Training would need more memory than is free; the message says how much, and what would help."""
+
+
+def read_shape(source: str | Path) -> BackboneConfig:
+    """The shapes of a backbone from its config.json: a folder, the file itself, or a hub id.
+
+    Raises:
+        ValueError: there is none, or it describes no supported model.
+    """
+    path = Path(source).expanduser()
+    folder, name = (path.parent.resolve(), path.name) if path.is_file() else (locate(source), CONFIG)
+    try:
+        return backbone_config(parse_config(read_json(folder, name)))
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"{folder / name}: {error}") from error
+
+
+def free_bytes(device: torch.device | str) -> int | None:
+    """What can still be allocated: on a GPU free memory and what torch keeps unused, else memory the system can give.
+
+    None where the system does not say.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    if _MEMINFO.exists():
+        lines = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    if "SC_AVPHYS_PAGES" in os.sysconf_names:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return None
+
+
+def check_free(planner: Planner, work: Workload, policies: MemoryPolicies, needed: int, free: int | None) -> None:
+    """Refuse to start where `needed` bytes are more than `free` ones.
+
+    Raises:
+        MemoryPlanError: with the plan's numbers, up to three remedies, and how to start all the same.
+    """
+    if free is None or needed <= free:
+        return
+    plan = planner.plan(work, policies)
+    worst = sorted(plan.phases[plan.peak_phase].items(), key=lambda item: -item[1])[:4]
+    largest_parts = ", ".join(f"{part} {size / GB:.2f}" for part, size in worst)
+    remedies = planner.remedies(work, policies, plan.peak_bytes - needed + free)
+    raise MemoryPlanError(
+        f"training would need {needed / GB:.2f} GB more on the {work.device_type} device, {free / GB:.2f} GB are free. "
+        f"The peak of {plan.peak_bytes / GB:.2f} GB is in the phase {plan.peak_phase!r} ({largest_parts}), at batch "
+        f"{work.batch} of {work.tokens} tokens. It would be with\n"
+        + "".join(f"  {remedy}\n" for remedy in remedies)
+        + "Set ignore_memory_plan (--ignore-memory-plan) to start all the same."
+    )
