@@ -46,6 +46,8 @@ Bytes = Mapping[str, int]
 class MemoryPolicies:
     """Where things are kept and in how many bits: what a claim about memory has to name.
 
+    The defaults are what training does unless it is told otherwise.
+
     Attributes:
         residency: packed layers stay on the "device", or are streamed from the "host" as they are needed.
         resident_layers: of "host", the layers that stay on the device all the same.

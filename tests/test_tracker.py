@@ -89,12 +89,12 @@ def test_live_bytes_of_the_backbone_pass_are_flat_in_depth() -> None:
 
 @pytest.mark.parametrize("checkpointing", [True, False])
 def test_qlora_keeps_what_it_is_told_to(checkpointing: bool) -> None:
-    """Four more blocks cost their inputs with checkpointing, and several times that without."""
+    """Two more blocks cost their inputs with checkpointing, and several times that without."""
     hidden = 2 * 640 * SMALL.hidden_size
     grown = []
-    for layers in (2, 6):
+    for layers in (1, 3):
         shape = dataclasses.replace(SMALL, num_layers=layers)
         tracker = track_qlora(shape.config(), QLoRA(checkpointing, has_our_loss=True), 640)
         grown.append(tracker.peaks["forward"].parts[ACTIVATIONS])
-    kept = (grown[1] - grown[0]) / 4 / hidden
+    kept = (grown[1] - grown[0]) / 2 / hidden
     assert 0.99 < kept < 1.5 if checkpointing else kept > 10
