@@ -19,7 +19,16 @@ from engine.backbone.chunks import chunk_tokens
 from engine.backbone.families import BackboneConfig
 from engine.config import LadderConfig, SideDims, side_dims
 from engine.side_network import SideNetwork
-from engine.sizes import NF4_BLOCK, count, int8_bytes, layer_bytes, layer_tensors, meta_side_network, nf4_bytes
+from engine.sizes import (
+    NF4_BLOCK,
+    count,
+    int8_bytes,
+    layer_bytes,
+    layer_tensors,
+    meta_side_network,
+    nf4_bytes,
+    side_parameters,
+)
 from ladder_kernels import native
 from ladder_kernels.launch import gpu_linear_plan, linear_plan, logit_chunk_bytes, logit_rows
 
@@ -36,6 +45,8 @@ Bytes = Mapping[str, int]
 @dataclass(frozen=True)
 class MemoryPolicies:
     """Where things are kept and in how many bits: what a claim about memory has to name.
+
+    The defaults are what training does unless it is told otherwise.
 
     Attributes:
         residency: packed layers stay on the "device", or are streamed from the "host" as they are needed.
@@ -187,7 +198,7 @@ class _Parts:
     @cached_property
     def parameters(self) -> int:
         """Trained parameters."""
-        return count(self._side_network)
+        return side_parameters(self.backbone, self.config)
 
     @cached_property
     def _side_network(self) -> SideNetwork:

@@ -16,8 +16,13 @@ _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2*
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
 _LARGEST = 1 << 24  # rows; nobody trains on more in one pass
 
-# From free to dear: what a policy costs in exactness, which the bound on time does not see.
-_EXACTNESS = {"device": 0, "int8": 1, "host": 0, "none": 0, "bf16": 0, "nf4": 3, "adamw": 0, "adamw_8bit": 2}
+# What a policy costs in exactness, which the bound on time does not see.
+_INEXACTNESS = {
+    ("taps", "int8"): 1,
+    ("head_dtype", "int8"): 2,
+    ("head_dtype", "nf4"): 3,
+    ("optimizer", "adamw_8bit"): 2,
+}
 
 
 def parse_bytes(text: str) -> int:
@@ -57,7 +62,7 @@ class Planner:
         return plan_memory(self.backbone, self.config, work, policies)
 
     def seconds(self, work: Workload, plan: MemoryPlan) -> float:
-        """The bound on a step's time on the card, to the hundredth: less is no reason for a worse policy."""
+        """The bound on a step's time on the card, to two digits: a smaller gain is no reason for a worse policy."""
         return float(f"{step_work(self.backbone, self.config, work, plan).seconds(self.card):.2g}")
 
     def choose(self, work: Workload, budget: int) -> MemoryPlan | None:
@@ -66,17 +71,14 @@ class Planner:
         fitting = [plan for plan in self._candidates(work, budget) if plan.peak_bytes <= budget]
         return min(fitting, key=lambda plan: self._cost(work, plan), default=None)
 
-    def cheapest(self, work: Workload) -> MemoryPlan:
+    def leanest(self, work: Workload) -> MemoryPlan:
         """The plan that needs least, whatever it costs."""
         return min(self._candidates(work, 0), key=lambda plan: plan.peak_bytes)
 
     def _cost(self, work: Workload, plan: MemoryPlan) -> tuple[float, int, int, int]:
-        policies = plan.policies
-        exactness = sum(_EXACTNESS[word] for word in (policies.taps, policies.optimizer)) + (
-            2 if policies.head_dtype == "int8" else _EXACTNESS[policies.head_dtype]
-        )
+        inexactness = sum(cost for (field, word), cost in _INEXACTNESS.items() if getattr(plan.policies, field) == word)
         streamed = plan.host["streamed layers"] + plan.host["taps"]
-        return self.seconds(work, plan), exactness, streamed, plan.peak_bytes
+        return self.seconds(work, plan), inexactness, streamed, plan.peak_bytes
 
     def _candidates(self, work: Workload, budget: int) -> Iterator[MemoryPlan]:
         """Every combination; of those that stream, the one that keeps as many layers as the budget allows."""
@@ -172,7 +174,7 @@ def budget_report(planner: Planner, work: Workload, card_bytes: int) -> list[str
     head = f"Budget        {budget / GB:.2f} GB of {card_bytes / GB:.2f}: the rest is the driver's and fragmentation's"
     plan = planner.choose(work, budget)
     if plan is None:
-        least = planner.cheapest(work)
+        least = planner.leanest(work)
         return [
             head,
             f"Does not fit: the leanest policy needs {least.peak_bytes / GB:.2f} GB.",
@@ -183,7 +185,7 @@ def budget_report(planner: Planner, work: Workload, card_bytes: int) -> list[str
         head,
         *plan_summary(plan),
         f"Largest       {_largest_text(planner, work, plan.policies, budget)}",
-        f"Leanest       {_largest_text(planner, work, planner.cheapest(work).policies, budget)}",
+        f"Leanest       {_largest_text(planner, work, planner.leanest(work).policies, budget)}",
         *time_lines(planner, work, plan),
     ]
 

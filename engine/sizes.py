@@ -43,6 +43,7 @@ def layer_tensors(backbone: BackboneConfig) -> tuple[ExpectedTensor, ...]:
     return tuple(tensor for name, tensor in expected_tensors(backbone).items() if name.startswith(prefix))
 
 
+@lru_cache(maxsize=64)
 def side_parameters(backbone: BackboneConfig, config: LadderConfig) -> int:
     """Trained parameters of the side network."""
     return count(meta_side_network(backbone, config))

@@ -1,40 +1,37 @@
-"""Run in a process of its own: prints by how many bytes the resident set grew in two training steps, and the plan."""
+"""Run in a process of its own: bytes by which the resident set grows in two training steps, and the plan's peak."""
 
 from __future__ import annotations
-
-import dataclasses
-import sys
 
 import torch
 
 from benchmarks.memory import MIB, MemoryMeter
 from benchmarks.models import random_backbone
 from benchmarks.shapes import ModelShape, model_shape
+from engine.backbone.families import backbone_config
 from engine.collator import Collator
 from engine.config import LadderConfig
 from engine.memory import Workload, plan_memory
 from engine.model import LadderForCausalLM
 
 SHAPE = ModelShape("qwen2", 1024, 3072, 6, 16, 4, 64, 8192, False, 4096, 1e-6, 1e6)
+TOKENS = 1024
 
 
-def main(preset: str, tokens: int) -> None:
+def main() -> None:
+    """Print both numbers."""
+    train(model_shape("toy"), LadderConfig(), 32)  # whatever libraries load and keep
+    config = LadderConfig.preset("ladder", reduction_factor=4)
+    work = Workload(TOKENS, device_type="cpu", itemsize=4)
+    print(train(SHAPE, config, TOKENS), plan_memory(backbone_config(SHAPE.config()), config, work).peak_bytes)
+
+
+def train(shape: ModelShape, config: LadderConfig, tokens: int) -> int:
+    """Growth in bytes from before the model is built to the peak of its second step; building may pass it."""
     device = torch.device("cpu")
     meter = MemoryMeter(device)
-    _train(model_shape("toy"), LadderConfig.preset(preset), 32, meter)  # what libraries load and keep
-    config = LadderConfig.preset(preset, reduction_factor=4)
-    grown = _train(SHAPE, config, tokens, meter)
-    backbone = dataclasses.replace(SHAPE)
-    from engine.backbone.families import backbone_config
-
-    plan = plan_memory(backbone_config(backbone.config()), config, Workload(tokens, device_type="cpu", itemsize=4))
-    print(grown, plan.peak_bytes, plan.peak_phase, {k: plan.phase_bytes(k) for k in plan.phases})
-
-
-def _train(shape: ModelShape, config: LadderConfig, tokens: int, meter: MemoryMeter) -> int:
     meter.settle()
     before = meter.current_mib()
-    model = LadderForCausalLM.from_backbone(random_backbone(shape, torch.device("cpu")), config).train()
+    model = LadderForCausalLM.from_backbone(random_backbone(shape, device), config).train()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True)
     batch = Collator()([{"input_ids": torch.randint(shape.vocab_size, (tokens,))}])
     meter.settle()
@@ -47,4 +44,4 @@ def _train(shape: ModelShape, config: LadderConfig, tokens: int, meter: MemoryMe
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main()
