@@ -239,9 +239,11 @@ def assert_refused_without_a_trace(path: Path, message: str, before: list[str]) 
     assert sorted(entry.name for entry in path.parent.iterdir()) == before
 
 
-def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("limit", [0, 45_000, 100_001, 150_000])
+def test_a_write_that_fails_leaves_nothing(tmp_path: Path, limit: int) -> None:
+    tiny_backbone()  # writes its checkpoint
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
     try:
         assert_refused_without_a_trace(tmp_path / "layers.cache", "cannot be written .*File too large", [])
     finally:

@@ -21,7 +21,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +125,8 @@ class PackedCacheWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        with suppress(OSError):  # of what a full disk could not take
+            self._file.close()
         self._temporary.unlink(missing_ok=True)
 
     def add(self, index: int, block: Block) -> None:

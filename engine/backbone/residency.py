@@ -173,7 +173,6 @@ class Layers:
 
     def _stage(self, device: torch.device) -> None:
         """Build staging buffers, and the blocks in them, on the device."""
-        self.device = device
         slots = min(self._prefetch + 1, len(self._buffers))
         size = max((buffer.nbytes for buffer in self._buffers.values()), default=0)
         with torch.inference_mode(False), torch.no_grad():  # they are written to in every mode
