@@ -1,6 +1,9 @@
 // The C ABI that ladder_kernels/native.py binds.
+#include <vector>
+
 #include "isa.h"
 #include "parallel.h"
+#include "side_layer.h"
 
 #if defined(_MSC_VER)
 #define LADDER_API extern "C" __declspec(dllexport)
@@ -15,6 +18,7 @@ constexpr int64_t kDequantizeGrain = 1 << 16;
 constexpr int64_t kQuantizeGrain = 1 << 14;
 constexpr int64_t kMultiplyGrain = 1 << 16;
 constexpr int64_t kElementwiseGrain = 1 << 14;
+constexpr int64_t kSideLayerGrain = 4;
 constexpr int64_t kRowMultiple = 16;  // rows that a kernel may compute together
 
 // Rows of `width` elements that are worth a thread.
@@ -26,7 +30,7 @@ int64_t row_grain(int64_t elements, int64_t width) {
 }  // namespace
 
 // Raised whenever a signature or a struct below changes; native.py refuses another number.
-LADDER_API int32_t ladder_abi_version() { return 3; }
+LADDER_API int32_t ladder_abi_version() { return 4; }
 
 LADDER_API const char* ladder_isa() { return ladder::current_isa().name; }
 
@@ -95,4 +99,13 @@ LADDER_API void ladder_swiglu(const ladder::SwiGlu* call, int32_t threads) {
     ladder::SwiGluFn* swiglu = ladder::current_isa().vector->swiglu;
     ladder::parallel_for(call->rows, row_grain(kElementwiseGrain, call->width), threads,
                          [&](int64_t begin, int64_t end) { swiglu(*call, begin, end); });
+}
+
+LADDER_API void ladder_side_layer(const ladder::SideLayer* call, int32_t threads) {
+    ladder::SideLayerFn* side_layer = ladder::current_isa().vector->side_layer;
+    ladder::parallel_for(call->rows, kSideLayerGrain, threads,
+                         [&](int64_t begin, int64_t end) {
+                             std::vector<char> scratch(static_cast<size_t>(ladder::side_layer_scratch(*call)));
+                             side_layer(*call, begin, end, scratch.data());
+                         });
 }

@@ -13,6 +13,7 @@ struct VectorKernels {
     RmsNormFn* rms_norm;
     RotaryFn* rotary;
     SwiGluFn* swiglu;
+    SideLayerFn* side_layer;
 };
 
 struct Isa {

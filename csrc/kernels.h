@@ -87,6 +87,32 @@ struct SwiGlu {
     int32_t dtype;
 };
 
+// A side layer up to its attention, or from it on. Without `mixed`, out is [rows, (heads + 2 kv_heads) head_dim]:
+// rms_norm(state) times qkv, queries and keys rotated. With it, out is [rows, width]: u = state + mixed times
+// attention_out, plus the SwiGLU MLP of rms_norm(u). Weights are [outputs, inputs], fp32 with wide_weights, else dtype.
+struct SideLayer {
+    const void* state;  // [rows, width]
+    const void* mixed;  // [rows, heads * head_dim]
+    const void* cos;    // [rows, head_dim]
+    const void* sin;    // [rows, head_dim]
+    const void* attention_norm;
+    const void* qkv;
+    const void* attention_out;
+    const void* mlp_norm;
+    const void* gate_up;  // [2 inner, width]
+    const void* mlp_out;  // [width, inner]
+    void* out;
+    int64_t rows;
+    int64_t width;
+    int64_t inner;
+    int64_t heads;
+    int64_t kv_heads;
+    int64_t head_dim;
+    float epsilon;
+    int32_t dtype;
+    int32_t wide_weights;
+};
+
 // Decode elements [first, first + count) to out[0 .. count): codebook value times scale in fp32, rounded once. `decoded`:
 // a DType or a Decoded.
 using DequantizeFn = void(const NF4View& view, int64_t first, int64_t count, int32_t decoded, void* out);
@@ -110,6 +136,9 @@ using RmsNormFn = void(const RmsNorm& call, int64_t begin, int64_t end);
 using RotaryFn = void(const Rotary& call, int64_t begin, int64_t end);
 using SwiGluFn = void(const SwiGlu& call, int64_t begin, int64_t end);
 
+// Rows [begin, end), with scratch of side_layer_scratch(call) bytes.
+using SideLayerFn = void(const SideLayer& call, int64_t begin, int64_t end, void* scratch);
+
 DequantizeFn dequantize_scalar, dequantize_avx2, dequantize_avx512;
 QuantizeFn quantize_scalar, quantize_avx2, quantize_avx512;
 ArrangeFn arrange_scalar, arrange_avx2, arrange_avx512, arrange_avx512bf16, arrange_amx;
@@ -118,5 +147,6 @@ CrossEntropyFn cross_entropy_scalar, cross_entropy_avx2, cross_entropy_avx512;
 RmsNormFn rms_norm_scalar, rms_norm_avx2, rms_norm_avx512;
 RotaryFn rotary_scalar, rotary_avx2, rotary_avx512;
 SwiGluFn swiglu_scalar, swiglu_avx2, swiglu_avx512;
+SideLayerFn side_layer_scalar, side_layer_avx2, side_layer_avx512;
 
 }  // namespace ladder

@@ -55,6 +55,14 @@ def check_contiguous(op: str, name: str, tensor: Tensor) -> None:
         raise ValueError(f"{op}: expected contiguous {name}, got strides {tensor.stride()}; call .contiguous()")
 
 
+def check_like(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], like: Tensor) -> None:
+    """Raise unless the tensor has that shape, and dtype and device of `like`; one comparison where all is well."""
+    if (tensor.shape, tensor.dtype, tensor.device) != (shape, like.dtype, like.device):
+        check_shape(op, name, tensor, shape)
+        check_dtype(op, name, tensor.dtype, (like.dtype,))
+        check_device(op, name, tensor, like.device)
+
+
 def check_no_gradient(op: str, name: str, tensor: Tensor | None, instead: str) -> None:
     """Raise ValueError if autograd would want a gradient that the op does not have."""
     if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
@@ -112,8 +120,8 @@ def check_dequantize(nf4: NF4Tensors, first_row: int, out: Tensor) -> None:
 
 def check_nf4_linear(x: Tensor, bias: Tensor | None, rows: int, nf4: NF4Tensors) -> None:
     """Check x [..., K] and bias [N] against a packed [N, K] matrix."""
-    op, dtype, device = "nf4_linear", x.dtype, x.device
-    check_dtype(op, "x", dtype, COMPUTE_DTYPES)
+    op = "nf4_linear"
+    check_dtype(op, "x", x.dtype, COMPUTE_DTYPES)
     check_device(op, "x", x, nf4.packed.device)
     if (rows * x.shape[-1] + 1) // 2 != nf4.packed.numel():
         raise ValueError(
@@ -121,9 +129,7 @@ def check_nf4_linear(x: Tensor, bias: Tensor | None, rows: int, nf4: NF4Tensors)
             f"got {list(x.shape)}"
         )
     if bias is not None:
-        check_shape(op, "bias", bias, (rows,))
-        check_dtype(op, "bias", bias.dtype, (dtype,))
-        check_device(op, "bias", bias, device)
+        check_like(op, "bias", bias, (rows,), x)
 
 
 def check_scratch(op: str, scratch: Tensor, size: int, device: torch.device) -> None:
@@ -148,9 +154,7 @@ def check_tap(h: Tensor, weight: Tensor, state: Tensor | None, gate: Tensor | No
     check_dtype(op, "weight", weight.dtype, (*COMPUTE_DTYPES, torch.float64))
     check_device(op, "weight", weight, h.device)
     if state is not None:
-        check_shape(op, "state", state, (h.shape[0], weight.shape[0]))
-        check_dtype(op, "state", state.dtype, (h.dtype,))
-        check_device(op, "state", state, h.device)
+        check_like(op, "state", state, (h.shape[0], weight.shape[0]), h)
     if gate is not None:
         if state is None:
             raise ValueError(f"{op}: expected a state beside the gate, got None; pass state, or no gate")

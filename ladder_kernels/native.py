@@ -15,6 +15,7 @@ import sys
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -22,7 +23,10 @@ from torch import Tensor
 from ladder_kernels.nf4_tensors import NF4Tensors
 from ladder_kernels.reference import IGNORE_INDEX
 
-ABI_VERSION = 3
+if TYPE_CHECKING:
+    from ladder_kernels.side_layer import SideLayerCall, SideLayerWeights
+
+ABI_VERSION = 4
 _SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
 LIBRARY_NAME = f"libladder_native{_SUFFIX}"
 ISAS = ("amx", "avx512bf16", "avx512", "avx2", "scalar")
@@ -42,6 +46,7 @@ _SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     "ladder_rms_norm": ([_pointer, _int32], None),
     "ladder_rotary": ([_pointer, _int32], None),
     "ladder_swiglu": ([_pointer, _int32], None),
+    "ladder_side_layer": ([_pointer, _int32], None),
 }
 
 
@@ -132,6 +137,28 @@ class _SwiGlu(ctypes.Structure):
         ("gate_stride", _int64),
         ("up_stride", _int64),
         ("dtype", _int32),
+    ]
+
+
+class _SideLayer(ctypes.Structure):
+    """`ladder::SideLayer` of csrc/kernels.h."""
+
+    _fields_ = [
+        ("state", _pointer),
+        ("mixed", _pointer),
+        ("cos", _pointer),
+        ("sin", _pointer),
+        ("weights", 6 * _pointer),
+        ("out", _pointer),
+        ("rows", _int64),
+        ("width", _int64),
+        ("inner", _int64),
+        ("heads", _int64),
+        ("kv_heads", _int64),
+        ("head_dim", _int64),
+        ("epsilon", ctypes.c_float),
+        ("dtype", _int32),
+        ("wide_weights", _int32),
     ]
 
 
@@ -271,9 +298,8 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out
 
 
-def swiglu(gate: Tensor, up: Tensor, out: Tensor | None = None) -> Tensor:
-    """`reference.swiglu` of [R, F] with contiguous rows, into contiguous `out` if given, which may be gate."""
-    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device) if out is None else out
+def swiglu(gate: Tensor, up: Tensor, out: Tensor) -> Tensor:
+    """`reference.swiglu` of [R, F] with contiguous rows, into contiguous `out`, which may be gate."""
     call = _SwiGlu(
         gate.data_ptr(),
         up.data_ptr(),
@@ -284,6 +310,37 @@ def swiglu(gate: Tensor, up: Tensor, out: Tensor | None = None) -> Tensor:
         _DTYPE_CODES[gate.dtype],
     )
     _library().ladder_swiglu(ctypes.byref(call), torch.get_num_threads())
+    return out
+
+
+def side_layer(state: Tensor, weights: SideLayerWeights, call: SideLayerCall) -> Tensor:
+    """`plain_side_layer` of a few rows, checked: weights are rounded as they are read, sums are in fp32."""
+    (tokens, width), (heads, kv_heads, head_dim, _, epsilon) = state.shape, call.shape
+    inner, dtype = weights.mlp_out.shape[1], state.dtype
+    rotated = torch.empty(tokens, heads + 2 * kv_heads, head_dim, dtype=dtype, device=state.device)
+    out = torch.empty(tokens, width, dtype=dtype, device=state.device)
+    arguments = _SideLayer(
+        state.data_ptr(),
+        None,
+        call.cos.data_ptr(),
+        call.sin.data_ptr(),
+        tuple(weight.data_ptr() for weight in weights),
+        rotated.data_ptr(),
+        tokens,
+        width,
+        inner,
+        heads,
+        kv_heads,
+        head_dim,
+        epsilon,
+        _DTYPE_CODES[dtype],
+        weights.qkv.dtype != dtype,
+    )
+    threads = torch.get_num_threads()
+    _library().ladder_side_layer(ctypes.byref(arguments), threads)
+    mixed = call.attention(*rotated.split((heads, kv_heads, kv_heads), dim=1)).contiguous()
+    arguments.mixed, arguments.out = mixed.data_ptr(), out.data_ptr()
+    _library().ladder_side_layer(ctypes.byref(arguments), threads)
     return out
 
 

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from ladder_kernels import native
 from ladder_kernels.checks import (
-    check_device,
-    check_dtype,
+    check_like,
     check_nf4,
     check_nf4_linear,
     check_no_gradient,
@@ -174,9 +173,7 @@ def nf4_linear(
     nf4 = nf4_weight.tensors
     check_nf4_linear(x, bias, rows, nf4)
     if residual is not None:
-        check_shape("nf4_linear", "residual", residual, (*x.shape[:-1], rows))
-        check_dtype("nf4_linear", "residual", residual.dtype, (x.dtype,))
-        check_device("nf4_linear", "residual", residual, x.device)
+        check_like("nf4_linear", "residual", residual, (*x.shape[:-1], rows), x)
     workspace = Workspace() if workspace is None else workspace
     if torch.compiler.is_compiling():
         scratch = workspace.take("nf4_linear", (_any_plan_bytes(x, rows, nf4),), torch.uint8, x.device)

@@ -25,12 +25,16 @@ from torch import Tensor
 
 from ladder_kernels import elementwise, native, reference
 from ladder_kernels.attention import attention
-from ladder_kernels.checks import COMPUTE_DTYPES, check_contiguous, check_device, check_dtype, check_shape
+from ladder_kernels.checks import COMPUTE_DTYPES, check_contiguous, check_device, check_dtype, check_like, check_shape
 from ladder_kernels.dispatch import runs_eagerly, uses_triton_products, without_autocast
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Attention of rotated query [T, Hq, d], key and value [T, Hkv, d] -> [T, Hq d]."""
 
+# Up to this many rows the native layer computes one after the other, each on one thread: weights have to stay in the
+# second-level cache, 2 MiB in fp32.
+NATIVE_ROWS = 8
+NATIVE_WEIGHTS = 1 << 19
 _DTYPES = (*COMPUTE_DTYPES, torch.float64)
 
 
@@ -131,7 +135,9 @@ def side_layer(
             return plain_side_layer(state, weights, call)
         if needs_grad:
             return _SideLayer.apply(state, *weights, cos, sin, offsets, shape)
-        return _forward(state, weights, call, _operations(state, weights))
+        if _runs_native(state, weights):
+            return native.side_layer(state, weights, call)
+        return _forward(state, weights, call, elementwise)
 
 
 class _SideLayer(torch.autograd.Function):
@@ -189,10 +195,16 @@ def plain_side_layer(
     return state + F.linear(operations.swiglu(gate, up), mlp_out)
 
 
-def _operations(state: Tensor, weights: SideLayerWeights) -> ModuleType:
-    """What computes without a gradient: on a CPU the kernels themselves, for everything is checked already."""
-    is_native = state.is_cpu and state.dtype in COMPUTE_DTYPES and runs_eagerly(state, *weights) and native.available()
-    return native if is_native else elementwise
+def _runs_native(state: Tensor, weights: SideLayerWeights) -> bool:
+    """Few rows on a CPU: the time goes to calls, of which the native layer has two, and to rounding fp32 weights."""
+    return (
+        state.is_cpu
+        and 0 < state.shape[0] <= NATIVE_ROWS
+        and state.dtype in COMPUTE_DTYPES
+        and sum(weight.numel() for weight in weights) <= NATIVE_WEIGHTS
+        and runs_eagerly(state, *weights)
+        and native.available()
+    )
 
 
 def _plain_backward(
@@ -235,7 +247,6 @@ def _check(
     check_contiguous(op, "state", state)
     tokens, width = state.shape
     check_shape(op, "cos", cos, (tokens, "d"))
-    check_shape(op, "sin", sin, cos.shape)
     for name, weight in zip(weights._fields, weights, strict=True):
         if weight.dim() != 2 and not name.endswith("norm"):
             check_shape(op, name, weight, ("rows", "columns"))
@@ -254,21 +265,16 @@ def _check(
     heads, kv_heads = mixed // head_dim, kv_rows // (2 * head_dim)
     if heads % kv_heads:
         raise ValueError(f"{op}: expected query heads that are a multiple of the key heads, got {heads} and {kv_heads}")
-    shapes = ((width,), ("N", width), (width, mixed), (width,), (2 * inner, width), (width, inner))
+    shapes = ((width,), (weights.qkv.shape[0], width), (width, mixed), (width,), (2 * inner, width), (width, inner))
     weight_dtypes = (state.dtype, torch.promote_types(state.dtype, torch.float32))
     check_dtype(op, "weights", weights.qkv.dtype, weight_dtypes)
-    given = (weights.qkv.dtype, state.device)
+    check_device(op, "qkv", weights.qkv, state.device)
     for name, weight, expected in zip(weights._fields, weights, shapes, strict=True):
-        if (weight.shape, weight.dtype, weight.device) == (expected, *given) and weight.is_contiguous():
-            continue  # a third of the time of the checks below, 24 times a token
-        check_shape(op, name, weight, expected)
-        check_dtype(op, name, weight.dtype, (weights.qkv.dtype,))
+        check_like(op, name, weight, expected, weights.qkv)
         check_contiguous(op, name, weight)
-        check_device(op, name, weight, state.device)
     for name, table in (("cos", cos), ("sin", sin)):
-        check_dtype(op, name, table.dtype, (state.dtype,))
+        check_like(op, name, table, cos.shape, state)
         check_contiguous(op, name, table)
-        check_device(op, name, table, state.device)
     if not lengths or min(lengths) < 0 or sum(lengths) != tokens:
         raise ValueError(f"{op}: expected lengths >= 0 that sum to the {tokens} rows of state, got {list(lengths)}")
     if offsets is not None:

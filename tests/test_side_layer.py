@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from numerics import assert_close_to_truth, assert_same_bits
 from torch import Tensor
 
-from ladder_kernels import SideLayerWeights, attention, reference, side_layer
+from ladder_kernels import SideLayerWeights, attention, native, reference, side_layer
+from ladder_kernels.side_layer import NATIVE_ROWS, SideLayerCall, SideLayerShape, plain_side_layer
 
 WIDTH, HEADS, KV_HEADS, HEAD_DIM, INNER = 24, 4, 2, 6, 20
 LENGTHS = (5, 1, 7)
@@ -75,6 +76,41 @@ def test_without_gradients() -> None:
         truth = copied(tensors, torch.float64)
         with torch.no_grad():
             assert_close_to_truth("out", ours(tensors), plain(truth), plain(tensors))
+
+
+@pytest.mark.parametrize("weight_dtype", [None, torch.float32], ids=["narrow", "wide"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("rows", "width"), [(1, 64), (1, 7), (NATIVE_ROWS, 40), (NATIVE_ROWS + 1, 40)], ids=str)
+def test_few_rows(native_isa: str, rows: int, width: int, dtype: torch.dtype, weight_dtype: torch.dtype | None) -> None:
+    """Every row is a document of its own beside two earlier ones, as in cached decoding."""
+    tensors = [t.detach() for t in inputs(dtype, weight_dtype, width)]
+    tensors[0], tensors[7], tensors[8] = (tensors[i][:rows].contiguous() for i in (0, 7, 8))
+    earlier = torch.randn(2, rows, KV_HEADS, 2, HEAD_DIM).to(dtype)
+
+    def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        keys, values = (torch.cat((e.to(t), t[:, :, None]), 2) for e, t in zip(earlier, (key, value), strict=True))
+        out = F.scaled_dot_product_attention(query[:, :, None], keys, values, enable_gqa=True)
+        return out.flatten(1)
+
+    def run(tensors: list[Tensor], operation: Any) -> Tensor:
+        state, *weights, cos, sin = tensors
+        shape = SideLayerShape(HEADS, KV_HEADS, HEAD_DIM, (1,) * rows, 1e-5)
+        return operation(state, SideLayerWeights(*weights), SideLayerCall(cos, sin, None, shape, attend))
+
+    def public(state: Tensor, weights: SideLayerWeights, call: SideLayerCall) -> Tensor:
+        return side_layer(state, weights, call.cos, call.sin, call.shape.lengths, 1e-5, attend=attend)
+
+    truth = run(copied(tensors, torch.float64), plain_side_layer)
+    assert_close_to_truth("out", run(tensors, public), truth, run(tensors, plain_side_layer))
+
+
+def test_few_rows_take_the_native_layer(monkeypatch: pytest.MonkeyPatch, native_isa: str) -> None:
+    calls = []
+    monkeypatch.setattr(native, "side_layer", lambda state, *_: calls.append(len(state)) or state)
+    for tokens in (1, NATIVE_ROWS, NATIVE_ROWS + 1):
+        state, *weights, cos, sin = (t.detach() for t in inputs(torch.float32))
+        side_layer(state[:tokens], SideLayerWeights(*weights), cos[:tokens], sin[:tokens], [tokens], 1e-5)
+    assert calls == [1, NATIVE_ROWS]
 
 
 def test_gradcheck() -> None:
@@ -193,6 +229,10 @@ def test_wrong_arguments() -> None:
         call(weights=given._replace(qkv=given.qkv[:47]))
     with pytest.raises(ValueError, match=r"multiple of the key heads, got 4 and 3"):
         call(weights=given._replace(qkv=torch.randn(60, WIDTH)))
+    with pytest.raises(ValueError, match=r"expected qkv of shape \[48, 24\], got \[48, 23\]"):
+        call(weights=given._replace(qkv=given.qkv[:, 1:]))
+    with pytest.raises(ValueError, match=r"expected sin of shape \[13, 6\], got \[13, 4\]"):
+        call(sin=sin[:, 2:])
     with pytest.raises(ValueError, match=r"expected gate_up of shape \[40, 24\], got \[38, 24\]"):
         call(weights=given._replace(gate_up=given.gate_up[:38]))
     with pytest.raises(TypeError, match="expected mlp_out in float32, got bfloat16"):
