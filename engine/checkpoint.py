@@ -86,6 +86,10 @@ class BackboneRecord:
             head_dtype=backbone.head_dtype,
         )
 
+    def to_dict(self) -> dict[str, Any]:
+        """The fields by name; a dense head is left out, so that the format is the one of before there was a choice."""
+        return {name: value for name, value in asdict(self).items() if (name, value) != ("head_dtype", "dense")}
+
     @property
     def torch_dtype(self) -> torch.dtype:
         return getattr(torch, self.dtype)
@@ -133,7 +137,7 @@ def save_adapter(
     folder.mkdir(parents=True, exist_ok=True)
     record = BackboneRecord.of(backbone)
     tensors = {name: weight.detach().to("cpu", torch.float32).contiguous() for name, weight in weights.items()}
-    content = {"format_version": FORMAT_VERSION, "ladder": config.to_dict(), "backbone": asdict(record)}
+    content = {"format_version": FORMAT_VERSION, "ladder": config.to_dict(), "backbone": record.to_dict()}
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     _write(folder / "README.md", _model_card(config, record, sum(t.numel() for t in tensors.values())).encode())
@@ -178,7 +182,7 @@ def read_adapter(folder: str | Path) -> AdapterRecord:
         _check_keys(content, ("format_version", "ladder", "backbone"))
         names = {field.name for field in fields(BackboneRecord)}
         if isinstance(content["backbone"], dict):
-            names -= {"head_dtype"} - content["backbone"].keys()  # adapters of before there was a choice lack it
+            names -= {"head_dtype"} - content["backbone"].keys()
         _check_keys(content["backbone"], names)
         return AdapterRecord(LadderConfig.from_dict(content["ladder"]), BackboneRecord(**content["backbone"]))
     except ValueError as error:

@@ -82,8 +82,7 @@ def test_an_adapter_that_names_no_head_has_a_dense_one(folders: dict[str, Path],
     model_with(folders["llama2"], "dense").save_pretrained(tmp_path)
     path = tmp_path / CONFIG_NAME
     content = json.loads(path.read_text())
-    assert content["backbone"].pop("head_dtype") == "dense"
-    path.write_text(json.dumps(content))
+    assert "head_dtype" not in content["backbone"]
     assert LadderForCausalLM.from_pretrained(tmp_path).backbone.head_dtype == "dense"
     for wrong, message in (("int3", "head_dtype must be one of dense, int8, nf4, got 'int3'"), (8, "must be a str")):
         content["backbone"]["head_dtype"] = wrong
