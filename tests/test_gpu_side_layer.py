@@ -23,7 +23,7 @@ pytestmark = pytest.mark.gpu
 DTYPES = [torch.float16, torch.bfloat16 if torch.cuda.is_available() else torch.float32]
 # S, Hq, Hkv, d, F and the documents: aligned, ragged, tiny, and wider than one program's rows.
 SHAPES = {
-    "aligned": ((64, 2, 1, 32, 96), (64,)),
+    "aligned": ((64, 3, 1, 32, 96), (64,)),
     "ragged": ((40, 3, 3, 16, 52), (17, 1, 49)),
     "tiny": ((8, 1, 1, 8, 4), (1,)),
     "wide": ((416, 2, 1, 64, 72), (9, 9)),
@@ -164,8 +164,8 @@ def test_configurations() -> None:
     assert [tile["BLOCK_M"] for tile in tiles] == [32, 32, 32, 16, 16]
     assert [tile["BLOCK_S"] for tile in tiles] == [64, 256, 256, 512, 512]
     # Steps along a sum divide it where they can: 224 = 7 x 32.
-    assert side_config.qkv_config(seven_b, store_normed=False).constants["BLOCK_K"] == 32
-    assert side_config.qkv_config(wide, store_normed=False).constants["BLOCK_K"] == 64
+    assert side_config.qkv_config(seven_b, casts=True, for_backward=False).constants["BLOCK_K"] == 32
+    assert side_config.qkv_config(wide, casts=True, for_backward=False).constants["BLOCK_K"] == 64
 
 
 def test_specs_are_unique_and_name_every_argument() -> None:

@@ -14,7 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ladder_kernels.gpu.spec import ARCHITECTURES, POINTERS, TURING, KernelSpec
+from ladder_kernels.gpu.launcher import launch
+from ladder_kernels.gpu.spec import POINTERS, KernelSpec, architectures_of
 from ladder_kernels.reference import IGNORE_INDEX
 
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
@@ -95,9 +96,10 @@ def cross_entropy(logits: Tensor, targets: Tensor, losses: Tensor, need_grad: bo
     rows, vocabulary = logits.shape
     loop = row_loop(vocabulary, logits.itemsize)
     if rows > 0:
-        _cross_entropy_fwd_kernel[(rows,)](
-            logits, targets, losses, vocabulary, NEED_GRAD=need_grad, LANES=loop.lanes, VECTOR=loop.vector,
-            NUM_STAGES=loop.num_stages, num_warps=loop.num_warps, num_stages=loop.num_stages, enable_fp_fusion=True,
+        launch(
+            _cross_entropy_fwd_kernel, (rows,), logits, targets, losses, vocabulary, NEED_GRAD=need_grad,
+            LANES=loop.lanes, VECTOR=loop.vector, NUM_STAGES=loop.num_stages,
+            num_warps=loop.num_warps, num_stages=loop.num_stages, enable_fp_fusion=True,
         )  # fmt: skip
 
 
@@ -120,5 +122,5 @@ def specs() -> Iterator[KernelSpec]:
                     divisible=("V",),
                     num_warps=loop.num_warps,
                     num_stages=loop.num_stages,
-                    architectures=ARCHITECTURES if dtype == torch.bfloat16 else (TURING, *ARCHITECTURES),
+                    architectures=architectures_of(dtype),
                 )

@@ -15,7 +15,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ladder_kernels import reference
-from ladder_kernels.gpu.spec import ARCHITECTURES, POINTERS, TURING, KernelSpec
+from ladder_kernels.gpu.device_fns import inverse_rms, load_angles, normed_rows, silu_times, turned
+from ladder_kernels.gpu.launcher import launch
+from ladder_kernels.gpu.spec import POINTERS, KernelSpec, architectures_of
 
 # A row is held in registers: 16 values by each of 1024 threads. 32 of them spill.
 MAX_NORM_WIDTH = 16384
@@ -58,14 +60,12 @@ def _rms_norm_fwd_kernel(
     x_ptr, weight_ptr, out_ptr, R, D, x_stride, epsilon, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr
 ):
     rows = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)[:, None]
-    columns = tl.arange(0, BLOCK_D)[None, :]
-    mask = (rows < R) & (columns < D)
-    x = tl.load(x_ptr + rows * x_stride + columns, mask=mask, other=0.0)
-    wide = x.to(tl.float32)
-    inverse = tl.rsqrt(tl.sum(wide * wide, axis=1) / D + epsilon)
-    weight = tl.load(weight_ptr + columns, mask=columns < D, other=0.0).to(tl.float32)
-    normed = (wide * inverse[:, None]).to(x.dtype).to(tl.float32)
-    tl.store(out_ptr + rows * D + columns, (weight * normed).to(x.dtype), mask=mask)
+    columns = tl.arange(0, BLOCK_D)
+    mask = (rows < R) & (columns < D)[None, :]
+    x = tl.load(x_ptr + rows * x_stride + columns[None, :], mask=mask, other=0.0)
+    weight = tl.load(weight_ptr + columns, mask=columns < D, other=0.0)
+    normed = normed_rows(x, inverse_rms(x.to(tl.float32), D, epsilon), weight)
+    tl.store(out_ptr + rows * D + columns[None, :], normed, mask=mask)
 
 
 @triton.jit
@@ -80,14 +80,9 @@ def _rotary_fwd_kernel(
     offsets = heads * (2 * HALF) + columns
     first = tl.load(x_ptr + token * x_stride + offsets, mask=mask, other=0.0).to(tl.float32)
     second = tl.load(x_ptr + token * x_stride + offsets + HALF, mask=mask, other=0.0).to(tl.float32)
-    angles = token * (2 * HALF) + columns
-    cos_first = tl.load(cos_ptr + angles, mask=in_half, other=0.0).to(tl.float32)
-    cos_second = tl.load(cos_ptr + angles + HALF, mask=in_half, other=0.0).to(tl.float32)
-    sin_first = tl.load(sin_ptr + angles, mask=in_half, other=0.0).to(tl.float32)
-    sin_second = tl.load(sin_ptr + angles + HALF, mask=in_half, other=0.0).to(tl.float32)
+    angles = load_angles(cos_ptr, sin_ptr, token * (2 * HALF) + columns, in_half, HALF)
     dtype = out_ptr.dtype.element_ty
-    out_first = (first * cos_first).to(dtype).to(tl.float32) - (second * sin_first).to(dtype).to(tl.float32)
-    out_second = (second * cos_second).to(dtype).to(tl.float32) + (first * sin_second).to(dtype).to(tl.float32)
+    out_first, out_second = turned(first, second, angles, dtype)
     out_ptr += token * H * (2 * HALF)
     tl.store(out_ptr + offsets, out_first.to(dtype), mask=mask)
     tl.store(out_ptr + offsets + HALF, out_second.to(dtype), mask=mask)
@@ -100,11 +95,9 @@ def _swiglu_fwd_kernel(
     rows = (tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)).to(tl.int64)[:, None]
     columns = (tl.program_id(1) * BLOCK_F + tl.arange(0, BLOCK_F))[None, :]
     mask = (rows < R) & (columns < F)
-    gate = tl.load(gate_ptr + rows * gate_stride + columns, mask=mask, other=0.0)
-    up = tl.load(up_ptr + rows * up_stride + columns, mask=mask, other=0.0)
-    wide = gate.to(tl.float32)
-    activated = (wide / (1.0 + tl.exp(-wide))).to(gate.dtype).to(tl.float32)
-    tl.store(out_ptr + rows * F + columns, (activated * up.to(tl.float32)).to(gate.dtype), mask=mask)
+    gate = tl.load(gate_ptr + rows * gate_stride + columns, mask=mask, other=0.0).to(tl.float32)
+    up = tl.load(up_ptr + rows * up_stride + columns, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + rows * F + columns, silu_times(gate, up, out_ptr.dtype.element_ty), mask=mask)
 
 
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
@@ -115,9 +108,9 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     tile = norm_tile(width)
     if out.numel() > 0:
-        _rms_norm_fwd_kernel[(triton.cdiv(rows, tile.rows),)](
-            x, weight, out, rows, width, x.stride(0), epsilon, BLOCK_R=tile.rows, BLOCK_D=tile.columns,
-            num_warps=tile.num_warps, enable_fp_fusion=True,
+        launch(
+            _rms_norm_fwd_kernel, (triton.cdiv(rows, tile.rows),), x, weight, out, rows, width, x.stride(0), epsilon,
+            BLOCK_R=tile.rows, BLOCK_D=tile.columns, num_warps=tile.num_warps, enable_fp_fusion=True,
         )  # fmt: skip
     return out
 
@@ -129,7 +122,8 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     tile = rotary_tile(heads, size // 2)
     if out.numel() > 0:
         # Products are rounded before their sum in fp32 as well.
-        _rotary_fwd_kernel[(tokens, triton.cdiv(heads, tile.rows))](
+        launch(
+            _rotary_fwd_kernel, (tokens, triton.cdiv(heads, tile.rows)),
             x, cos, sin, out, heads, size // 2, x.stride(0), BLOCK_H=tile.rows, BLOCK_HALF=tile.columns,
             num_warps=tile.num_warps, enable_fp_fusion=False,
         )  # fmt: skip
@@ -141,7 +135,8 @@ def swiglu(gate: Tensor, up: Tensor, out: Tensor) -> Tensor:
     rows, width = gate.shape
     tile = swiglu_tile(width)
     if out.numel() > 0:
-        _swiglu_fwd_kernel[(triton.cdiv(rows, tile.rows), triton.cdiv(width, tile.columns))](
+        launch(
+            _swiglu_fwd_kernel, (triton.cdiv(rows, tile.rows), triton.cdiv(width, tile.columns)),
             gate, up, out, rows, width, gate.stride(0), up.stride(0), BLOCK_R=tile.rows, BLOCK_F=tile.columns,
             num_warps=tile.num_warps, enable_fp_fusion=True,
         )  # fmt: skip
@@ -151,7 +146,7 @@ def swiglu(gate: Tensor, up: Tensor, out: Tensor) -> Tensor:
 def specs() -> Iterator[KernelSpec]:
     """Widths and heads of the named models, from Qwen2.5-0.5B to Llama-3.1-8B and twice that."""
     for dtype, pointer in POINTERS.items():
-        architectures = ARCHITECTURES if dtype == torch.bfloat16 else (TURING, *ARCHITECTURES)
+        architectures = architectures_of(dtype)
         for tile in {norm_tile(width): None for width in (64, 128, 896, 2048, 3584, 8192, MAX_NORM_WIDTH)}:
             yield _spec(_rms_norm_fwd_kernel, "rms_norm", pointer, tile, ("R", "D"), ("x_stride",), architectures)
         for tile in {

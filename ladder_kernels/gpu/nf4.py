@@ -16,7 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ladder_kernels.gpu.device_fns import load_absmax
-from ladder_kernels.gpu.spec import ARCHITECTURES, TURING, KernelSpec
+from ladder_kernels.gpu.launcher import launch
+from ladder_kernels.gpu.spec import ARCHITECTURES, POINTERS, TURING, KernelSpec, architectures_of
 from ladder_kernels.nf4_tensors import NF4Tensors
 from ladder_kernels.reference import ABSMAX_BLOCK, BLOCK_SIZES
 
@@ -231,15 +232,12 @@ def dequantize_nf4(nf4: NF4Tensors, first_row: int, out: Tensor) -> None:
     # Without double quantization the three of the second level are None, which Triton takes for constants.
     tensors = (packed, absmax, codebook, absmax_scale, absmax_map, absmax_offset, out)
     numbers = (first, count, block_size.bit_length() - 1, absmax_scale is not None)
-    grid = (triton.cdiv(count, config.tile),)
-    # A fused multiply-add would round a nested scale once.
-    options = {"num_warps": config.num_warps, "enable_fp_fusion": False}
-    if config.lane:
-        _dequantize_nf4_kernel[grid](
-            *tensors, *numbers, WORD=_WORDS[config.lane], LANE=config.lane, GROUPS=config.tile // config.lane, **options
-        )
-    else:
-        _dequantize_nf4_ragged_kernel[grid](*tensors, *numbers, TILE=config.tile, **options)
+    kernel, constants = _dequantize_kernel(config)
+    launch(
+        kernel, (triton.cdiv(count, config.tile),), *tensors, *numbers, **constants,
+        # A fused multiply-add would round a nested scale once.
+        num_warps=config.num_warps, enable_fp_fusion=False,
+    )  # fmt: skip
 
 
 def quantize_nf4(weight: Tensor, thresholds: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
@@ -252,26 +250,16 @@ def quantize_nf4(weight: Tensor, thresholds: Tensor, block_size: int) -> tuple[T
     packed = torch.empty((count + 1) // 2, dtype=torch.uint8, device=weight.device)
     absmax = torch.empty(-(-count // block_size), dtype=torch.float32, device=weight.device)
     tensors = (weight, thresholds, packed, absmax)
-    full_blocks, rest = divmod(count, block_size)
-    config = quantize_config(block_size)
-    if full_blocks:
-        _quantize_nf4_kernel[(triton.cdiv(full_blocks, config.blocks),)](
-            *tensors,
-            0,
-            count - rest,
-            **_quantize_constants(block_size, partial=False),
-            num_warps=config.num_warps,
-            enable_fp_fusion=False,
-        )
-    if rest:
-        _quantize_nf4_kernel[(1,)](
-            *tensors,
-            full_blocks,
-            count,
-            **_quantize_constants(block_size, partial=True),
-            num_warps=config.num_warps,
-            enable_fp_fusion=False,
-        )
+    full = count - count % block_size
+    for partial, begin, end in ((False, 0, full), (True, full, count)):
+        if begin == end:
+            continue
+        constants = _quantize_constants(block_size, partial)
+        launch(
+            _quantize_nf4_kernel, (triton.cdiv(end - begin, constants["BLOCKS"] * block_size),),
+            *tensors, begin // block_size, end, **constants,
+            num_warps=quantize_config(block_size).num_warps, enable_fp_fusion=False,
+        )  # fmt: skip
     return packed, absmax
 
 
@@ -284,22 +272,23 @@ def quantize_absmax(absmax: Tensor, absmax_map: Tensor, absmax_offset: Tensor) -
     count = absmax.numel()
     codes = torch.empty(count, dtype=torch.uint8, device=absmax.device)
     scale = torch.empty(-(-count // ABSMAX_BLOCK), dtype=torch.float32, device=absmax.device)
-    grid = (triton.cdiv(scale.numel(), _ABSMAX_CONFIG.blocks),)
-    _quantize_absmax_kernel[grid](
-        absmax,
-        absmax_map,
-        absmax_offset,
-        codes,
-        scale,
-        count,
-        BLOCKS=_ABSMAX_CONFIG.blocks,
-        num_warps=_ABSMAX_CONFIG.num_warps,
-        enable_fp_fusion=False,
-    )
+    launch(
+        _quantize_absmax_kernel, (triton.cdiv(scale.numel(), _ABSMAX_CONFIG.blocks),),
+        absmax, absmax_map, absmax_offset, codes, scale, count, BLOCKS=_ABSMAX_CONFIG.blocks,
+        num_warps=_ABSMAX_CONFIG.num_warps, enable_fp_fusion=False,
+    )  # fmt: skip
     return codes, scale
 
 
 _WORDS = {2: tl.uint8, 4: tl.int16, 8: tl.int32}  # by the codes in them
+
+
+def _dequantize_kernel(config: DequantizeConfig) -> tuple[Any, dict[str, Any]]:
+    """The kernel of a config and its constants."""
+    if config.lane == 0:
+        return _dequantize_nf4_ragged_kernel, {"TILE": config.tile}
+    groups = config.tile // config.lane
+    return _dequantize_nf4_kernel, {"WORD": _WORDS[config.lane], "LANE": config.lane, "GROUPS": groups}
 
 
 def _quantize_constants(block_size: int, partial: bool) -> dict[str, Any]:
@@ -308,22 +297,18 @@ def _quantize_constants(block_size: int, partial: bool) -> dict[str, Any]:
     return {"BLOCK_SIZE": block_size, "BLOCKS": blocks, "PARTIAL": partial, "WORD": _WORDS[lane], "LANE": lane}
 
 
-_TYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-
-
 def specs() -> Iterator[KernelSpec]:
     """Every kernel in every configuration that the launchers use."""
-    for dtype, type_name in _TYPE_NAMES.items():
-        architectures = ARCHITECTURES if dtype == torch.bfloat16 else (TURING, *ARCHITECTURES)
+    for dtype, pointer in POINTERS.items():
         for double_quant in (False, True):
-            yield from _dequantize_specs(dtype, type_name, double_quant, architectures)
+            yield from _dequantize_specs(dtype, double_quant)
         for block_size in BLOCK_SIZES if dtype == torch.bfloat16 else (64,):
             for partial in (False, True):
                 yield KernelSpec(
-                    f"quantize_nf4.{'partial' if partial else 'full'}.{type_name}.{block_size}",
+                    f"quantize_nf4.{'partial' if partial else 'full'}.{pointer[1:]}.{block_size}",
                     _quantize_nf4_kernel,
                     {
-                        "weight_ptr": f"*{type_name}",
+                        "weight_ptr": pointer,
                         "thresholds_ptr": "*fp32",
                         "packed_ptr": "*u8",
                         "absmax_ptr": "*fp32",
@@ -332,7 +317,7 @@ def specs() -> Iterator[KernelSpec]:
                     },
                     _quantize_constants(block_size, partial),
                     num_warps=quantize_config(block_size).num_warps,
-                    architectures=architectures,
+                    architectures=architectures_of(dtype),
                     enable_fp_fusion=False,
                 )
     yield KernelSpec(
@@ -353,35 +338,22 @@ def specs() -> Iterator[KernelSpec]:
     )
 
 
-def _dequantize_specs(
-    dtype: torch.dtype, type_name: str, double_quant: bool, architectures: tuple[int, ...]
-) -> Iterator[KernelSpec]:
-    nested = {"scale_ptr": "*fp32", "map_ptr": "*fp32", "offset_ptr": "*fp32"}
+def _dequantize_specs(dtype: torch.dtype, double_quant: bool) -> Iterator[KernelSpec]:
+    nested = dict.fromkeys(("scale_ptr", "map_ptr", "offset_ptr"), "*fp32")
     types = {"packed_ptr": "*u8", "absmax_ptr": "*u8" if double_quant else "*fp32", "codebook_ptr": "*fp32"}
     types |= nested if double_quant else {}
-    types |= {"out_ptr": f"*{type_name}", "first": "i32", "count": "i32", "block_bits": "i32"}
+    types |= {"out_ptr": POINTERS[dtype], "first": "i32", "count": "i32", "block_bits": "i32"}
     shared = {"NESTED": double_quant} | ({} if double_quant else dict.fromkeys(nested))
-    suffix = f"{type_name}.{'nested' if double_quant else 'plain'}"
-    config = dequantize_config(0, 1 << 20, 0, dtype.itemsize)
-    words = {"WORD": _WORDS[config.lane], "LANE": config.lane, "GROUPS": config.tile // config.lane}
-    yield KernelSpec(
-        f"dequantize_nf4.words.{suffix}",
-        _dequantize_nf4_kernel,
-        types,
-        shared | words,
-        num_warps=config.num_warps,
-        architectures=architectures,
-        weights_per_iteration=config.tile,
-        enable_fp_fusion=False,
-    )
-    ragged = dequantize_config(1, 1, 0, dtype.itemsize)
-    yield KernelSpec(
-        f"dequantize_nf4.ragged.{suffix}",
-        _dequantize_nf4_ragged_kernel,
-        types,
-        shared | {"TILE": ragged.tile},
-        num_warps=ragged.num_warps,
-        architectures=architectures,
-        weights_per_iteration=ragged.tile,
-        enable_fp_fusion=False,
-    )
+    for name, first, count in (("words", 0, 1 << 20), ("ragged", 1, 1)):
+        config = dequantize_config(first, count, 0, dtype.itemsize)
+        kernel, constants = _dequantize_kernel(config)
+        yield KernelSpec(
+            f"dequantize_nf4.{name}.{POINTERS[dtype][1:]}.{'nested' if double_quant else 'plain'}",
+            kernel,
+            types,
+            shared | constants,
+            num_warps=config.num_warps,
+            architectures=architectures_of(dtype),
+            weights_per_iteration=config.tile,
+            enable_fp_fusion=False,
+        )

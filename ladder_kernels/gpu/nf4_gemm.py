@@ -17,16 +17,21 @@ data, which costs 64 x 2 register moves per iteration of a 128 x 128 x 64 tile o
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from ladder_kernels.gpu.device_fns import nested_absmax, rounded, silu_times
+from ladder_kernels.gpu.launcher import launch
 from ladder_kernels.gpu.spec import ARCHITECTURES, KernelSpec
 from ladder_kernels.launch import GROUP, HALF_PRECISION_ARCHITECTURES, GemmConfig, GpuLinearPlan, gemm_config
 from ladder_kernels.nf4_tensors import NF4Tensors
+from ladder_kernels.reference import ABSMAX_BLOCK
 
+_ABSMAX_BLOCK = tl.constexpr(ABSMAX_BLOCK)
 _REDUCE_BLOCK = 512
 _GROUP_M = 8  # tiles of tokens that pass over W together
 
@@ -64,9 +69,9 @@ def _decoded_tile(
     octets = tl.load(address, mask=is_byte, other=0)
     block = (row[:, None] * (cols // 64) + group[None, :]) // GROUPS_PER_SCALE
     if IS_NESTED:
-        code = tl.load(absmax_ptr + block, mask=is_block, other=0).to(tl.int32)
-        factor = tl.load(absmax_scale_ptr + block // 256, mask=is_block, other=0.0)
-        scale = tl.load(absmax_map_ptr + code) * factor + absmax_offset
+        code = tl.load(absmax_ptr + block, mask=is_block, other=0)
+        factor = tl.load(absmax_scale_ptr + block // _ABSMAX_BLOCK, mask=is_block, other=0.0)
+        scale = nested_absmax(code, factor, absmax_map_ptr, absmax_offset)
     else:
         scale = tl.load(absmax_ptr + block, mask=is_block, other=0.0)
     index = octets.to(tl.int32).reshape(BLOCK_N * HALF)
@@ -91,14 +96,6 @@ def _accumulated(accumulator, weight, x, HALF_PRECISION: tl.constexpr):
         return tl.dot(weight, x, accumulator)
 
 
-@triton.jit
-def _activated(gate, up, DTYPE: tl.constexpr):
-    """silu(gate) * up of fp32 sums, rounded where the unfused ops round."""
-    gate = gate.to(DTYPE).to(tl.float32)
-    silu = (gate / (1.0 + tl.exp(-gate))).to(DTYPE)
-    return silu.to(tl.float32) * up.to(DTYPE).to(tl.float32)
-
-
 @triton.jit(do_not_specialize=["tokens"])
 def _nf4_gemm_fwd_kernel(
     x_ptr,
@@ -109,6 +106,10 @@ def _nf4_gemm_fwd_kernel(
     HAS_RESIDUAL: tl.constexpr, IS_SPLIT: tl.constexpr, HALF_PRECISION: tl.constexpr, IS_WIDE: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_M: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    """One tile of out in the type of x, transposed while it is summed; with IS_SPLIT that of one part's sums, fp32.
+
+    Of a pair the first weight is the gate.
+    """
     DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     # Neighbouring thread blocks share tiles of x and of W in the second-level cache.
     pid = tl.program_id(0)
@@ -180,8 +181,9 @@ def _nf4_gemm_fwd_kernel(
         if HAS_BIAS:
             accumulator += tl.load(bias_ptr + row, mask=row < rows, other=0.0).to(tl.float32)[:, None]
         if IS_PAIR:
-            accumulator = _activated(accumulator, up_accumulator, DTYPE)
-        out = accumulator.to(DTYPE)
+            out = silu_times(rounded(accumulator, DTYPE), rounded(up_accumulator, DTYPE), DTYPE)
+        else:
+            out = accumulator.to(DTYPE)
         if HAS_RESIDUAL:
             residual = tl.load(residual_ptr + place, mask=mask, other=0.0).to(tl.float32)
             out = (residual + out.to(tl.float32)).to(DTYPE)
@@ -210,8 +212,9 @@ def _nf4_gemm_reduce_fwd_kernel(
     if HAS_BIAS:
         total += tl.load(bias_ptr + place % rows, mask=mask, other=0.0).to(tl.float32)
     if IS_PAIR:
-        total = _activated(total, up_total, DTYPE)
-    out = total.to(DTYPE)
+        out = silu_times(rounded(total, DTYPE), rounded(up_total, DTYPE), DTYPE)
+    else:
+        out = total.to(DTYPE)
     if HAS_RESIDUAL:
         out = (tl.load(residual_ptr + place, mask=mask, other=0.0).to(tl.float32) + out.to(tl.float32)).to(DTYPE)
     tl.store(out_ptr + place, out, mask=mask)
@@ -250,34 +253,16 @@ def nf4_gemm(
     is_split, is_pair = plan.splits > 1, up is not None
     target = scratch[: plan.scratch_bytes].view(torch.float32) if is_split else out
     grid = (triton.cdiv(tokens, config.block_tokens) * triton.cdiv(rows, config.block_rows), plan.splits)
-    _nf4_gemm_fwd_kernel[grid](
-        x,
-        *_weight_arguments(nf4),
-        *_weight_arguments(up or nf4),
-        x if bias is None else bias,
-        x if residual is None else residual,
-        target,
-        tokens,
-        rows,
-        cols,
-        plan.cols_per_split,
-        nf4.block_size // GROUP,
-        nf4.absmax_scale is not None,
-        is_pair,
-        bias is not None and not is_split,
-        residual is not None and not is_split,
-        is_split,
-        half_precision,
-        config.is_wide,
-        config.block_tokens,
-        config.block_rows,
-        config.block_cols,
-        _GROUP_M,
-        config.num_stages,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-        enable_fp_fusion=False,
-    )
+    launch(
+        _nf4_gemm_fwd_kernel, grid,
+        x, *_weight_arguments(nf4), *_weight_arguments(up or nf4),
+        x if bias is None else bias, x if residual is None else residual, target,
+        tokens, rows, cols, plan.cols_per_split,
+        GROUPS_PER_SCALE=nf4.block_size // GROUP, IS_NESTED=nf4.absmax_scale is not None, IS_PAIR=is_pair,
+        HAS_BIAS=bias is not None and not is_split, HAS_RESIDUAL=residual is not None and not is_split,
+        IS_SPLIT=is_split, HALF_PRECISION=half_precision, **_tile_constants(config),
+        num_warps=config.num_warps, num_stages=config.num_stages, enable_fp_fusion=False,
+    )  # fmt: skip
     if is_split:
         _add_splits(target, plan.splits, is_pair, bias, residual, out)
 
@@ -286,22 +271,18 @@ def _add_splits(
     partial: Tensor, splits: int, is_pair: bool, bias: Tensor | None, residual: Tensor | None, out: Tensor
 ) -> None:
     """out = the sum of partial [splits, 2 of a pair, M, N] fp32 over its first dimension, and the epilogue."""
-    _nf4_gemm_reduce_fwd_kernel[(triton.cdiv(out.numel(), _REDUCE_BLOCK),)](
-        partial,
-        out if bias is None else bias,
-        out if residual is None else residual,
-        out,
-        out.numel(),
-        out.shape[1],
-        splits,
-        is_pair,
-        bias is not None,
-        residual is not None,
-        _REDUCE_BLOCK,
-        num_warps=4,
-        num_stages=1,
-        enable_fp_fusion=False,
-    )
+    launch(
+        _nf4_gemm_reduce_fwd_kernel, (triton.cdiv(out.numel(), _REDUCE_BLOCK),),
+        partial, out if bias is None else bias, out if residual is None else residual, out,
+        out.numel(), out.shape[1], splits,
+        IS_PAIR=is_pair, HAS_BIAS=bias is not None, HAS_RESIDUAL=residual is not None, BLOCK=_REDUCE_BLOCK,
+        num_warps=4, num_stages=1, enable_fp_fusion=False,
+    )  # fmt: skip
+
+
+def _tile_constants(config: GemmConfig) -> dict[str, Any]:
+    tile = {"BLOCK_M": config.block_tokens, "BLOCK_N": config.block_rows, "BLOCK_K": config.block_cols}
+    return tile | {"IS_WIDE": config.is_wide, "GROUP_M": _GROUP_M, "STAGES": config.num_stages}
 
 
 _FLAGS = ("IS_NESTED", "IS_PAIR", "HAS_BIAS", "HAS_RESIDUAL", "IS_SPLIT", "HALF_PRECISION")
@@ -340,16 +321,7 @@ def _gemm_spec(dtype: str, config: GemmConfig, *set_flags: str) -> KernelSpec:
         name=f"nf4_gemm.fwd.{dtype}.{name}.stages{config.num_stages}",
         kernel=_nf4_gemm_fwd_kernel,
         types=pointers | weight | {f"up_{key}": value for key, value in weight.items()} | sizes,
-        constants={
-            **flags,
-            "GROUPS_PER_SCALE": 1,
-            "IS_WIDE": config.is_wide,
-            "BLOCK_M": config.block_tokens,
-            "BLOCK_N": config.block_rows,
-            "BLOCK_K": config.block_cols,
-            "GROUP_M": _GROUP_M,
-            "STAGES": config.num_stages,
-        },
+        constants={**flags, "GROUPS_PER_SCALE": 1, **_tile_constants(config)},
         divisible=("rows", "cols", "cols_per_split"),
         num_warps=config.num_warps,
         num_stages=config.num_stages,

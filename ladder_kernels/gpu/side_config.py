@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 # Up to this width a program holds whole rows, so that the norm and the MLP around it need no launches of their own.
 # Wider ones would have room for 16 rows only and read all weights once per 16 tokens.
 FUSED_SIDE_DIM = 384
-CAST_BLOCK = 4096
+CAST_BLOCK = 4096  # parameters that a program rounds
 
 
 class SideSizes(NamedTuple):
@@ -57,20 +57,31 @@ def _depth(size: int) -> int:
     return 32 if size % 64 else 64
 
 
-def qkv_config(sizes: SideSizes, *, store_normed: bool) -> KernelConfig:
-    """`_side_qkv_fwd_kernel`: at a step of 32 it spilled a register on sm_100 with 3 stages or 4 warps."""
-    step = _depth(sizes.side_dim)
+def qkv_config(sizes: SideSizes, *, casts: bool, for_backward: bool) -> KernelConfig:
+    """`_side_qkv_fwd_kernel`: at a step of 32 it spilled a register on sm_100 with 3 stages or 4 warps.
+
+    Parameters that it rounds itself are twice as wide, so wide layers read them half as often, in taller tiles; those
+    spilled at a step of 32.
+    """
     constants = {
         "S": sizes.side_dim,
-        "HEADS": sizes.heads,
-        "KV_HEADS": sizes.kv_heads,
-        "HEAD_DIM": sizes.head_dim,
-        "STORE_NORMED": store_normed,
-        "BLOCK_M": 64,
+        **_heads(sizes),
+        "F": sizes.inner,
+        "REPEATS": sizes.heads // sizes.kv_heads if for_backward else 1,
+        "BLOCK_CAST": CAST_BLOCK,
         "BLOCK_N": 32,
-        "BLOCK_K": step,
     }
-    return KernelConfig(constants, 8 if step == 32 else 4, 2)
+    if casts and not sizes.is_fused:
+        return KernelConfig({**constants, "BLOCK_M": 128, "BLOCK_K": 64}, 8, 2)
+    step = _depth(sizes.side_dim)
+    return KernelConfig({**constants, "BLOCK_M": 64, "BLOCK_K": step}, 8 if step == 32 else 4, 2)
+
+
+def cast_blocks(sizes: SideSizes) -> int:
+    """Programs of `_side_qkv_fwd_kernel` that round the parameters."""
+    side_dim, inner = sizes.side_dim, sizes.inner
+    counts = (2 * inner * side_dim, side_dim * inner, sizes.qkv * side_dim, side_dim * sizes.mixed, side_dim, side_dim)
+    return sum(-(-count // CAST_BLOCK) for count in counts)
 
 
 def swiglu_config(sizes: SideSizes) -> KernelConfig:
@@ -114,9 +125,7 @@ def qkv_dx_config(sizes: SideSizes) -> KernelConfig:
     block_s = power_of_two(sizes.side_dim)
     constants = {
         "S": sizes.side_dim,
-        "HEADS": sizes.heads,
-        "KV_HEADS": sizes.kv_heads,
-        "HEAD_DIM": sizes.head_dim,
+        **_heads(sizes),
         "BLOCK_S": block_s,
         "BLOCK_M": 16,
         "BLOCK_K": 32,
@@ -133,24 +142,18 @@ def norm_dx_config(sizes: SideSizes) -> KernelConfig:
 
 def rotary_config(sizes: SideSizes) -> KernelConfig:
     """`_side_rotary_bwd_kernel`."""
-    heads = {"HEADS": sizes.heads, "KV_HEADS": sizes.kv_heads, "HEAD_DIM": sizes.head_dim}
-    return KernelConfig({**heads, "BLOCK_M": 32, "BLOCK_N": 64}, 4, 1)
+    return KernelConfig({**_heads(sizes), "BLOCK_M": 32, "BLOCK_N": 64}, 4, 1)
 
 
 def weights_config(sizes: SideSizes) -> KernelConfig:
     """`_side_weights_bwd_dw_kernel`. Narrow layers have few tiles: smaller ones keep more of the device busy."""
     block = 32 if sizes.side_dim <= 128 else 64
-    tile = {"BLOCK_M": block, "BLOCK_N": block, "BLOCK_T": 64}
-    return KernelConfig({**_weight_sizes(sizes), **tile}, 4, 3)
+    widths = {"S": sizes.side_dim, "WIDTH": sizes.qkv, "MIXED": sizes.mixed, "F": sizes.inner}
+    return KernelConfig({**widths, "BLOCK_M": block, "BLOCK_N": block, "BLOCK_T": 64}, 4, 3)
 
 
-def cast_config(sizes: SideSizes) -> KernelConfig:
-    """`_side_cast_fwd_kernel`."""
-    return KernelConfig({**_weight_sizes(sizes), "BLOCK": CAST_BLOCK}, 4, 1)
-
-
-def _weight_sizes(sizes: SideSizes) -> dict[str, int]:
-    return {"S": sizes.side_dim, "WIDTH": sizes.qkv, "MIXED": sizes.mixed, "F": sizes.inner}
+def _heads(sizes: SideSizes) -> dict[str, int]:
+    return {"HEADS": sizes.heads, "KV_HEADS": sizes.kv_heads, "HEAD_DIM": sizes.head_dim}
 
 
 def _whole_rows(block_s: int) -> tuple[int, int]:

@@ -1,13 +1,16 @@
 """The kernels of a side layer in order: forward, and backward from the layer's input.
 
-Launches, for S <= 384 with fp32 parameters and 16-bit states (beside them: parameters already in the state's dtype save
-one in each direction, and above 384 forward has two more and backward three more):
+Launches, of any width and whatever the dtype of the parameters (`is_fused` says which layers count as narrow):
 
-    forward 4      cast, qkv, attention, attention_out + MLP
-    backward 14    cast, qkv, attention, attention_out, MLP, MLP dx, mixed dx, attention's own 5, qkv dx, weights
+    forward     narrow 3    qkv with cast, attention, attention_out + MLP
+                wide 5      qkv with cast, attention, attention_out, SwiGLU, mlp_out
+    backward    narrow 11   qkv with cast, attention, attention_out, MLP, MLP dx, mixed dx, attention's own 3, qkv dx,
+                            weights
+                wide 14     as narrow; MLP dx is a product and the norm, qkv dx is the rotation, a product and the norm
 
-Attention's backward is 3 launches of flash attention, and 2 sums over the query heads of a key head where these are
-grouped. Shapes and lengths are host integers and nothing waits for the device, so a CUDA graph can capture both.
+Attention's backward is 3 launches of flash attention; two more would add up the gradients of grouped heads, so it is
+given a copy of each key and value head per query head, and the rotation adds them up on the way. Shapes and lengths are
+host integers and nothing waits for the device, so a CUDA graph can capture both.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ladder_kernels.gpu import side_config as config
+from ladder_kernels.gpu.launcher import launch
 from ladder_kernels.gpu.side_backward import (
     _side_mlp_bwd_dx_kernel,
     _side_mlp_bwd_kernel,
@@ -32,16 +36,18 @@ from ladder_kernels.gpu.side_forward import (
     _side_qkv_fwd_kernel,
     _side_swiglu_fwd_kernel,
 )
-from ladder_kernels.gpu.side_weights import _side_cast_fwd_kernel, _side_weights_bwd_dw_kernel
+from ladder_kernels.gpu.side_weights import _side_weights_bwd_dw_kernel
 from ladder_kernels.side_layer import SideLayerCall, SideLayerWeights
 
 _ALIGNMENT = 64  # elements: every parameter of the rounded copy starts at a multiple of 128 bytes
 
 
 class _Layer(NamedTuple):
-    """What all launches of a layer need: its sizes, its parameters in the state's dtype, where and what it computes."""
+    """What all launches of a layer need: its sizes, its parameters as given and in the state's dtype, where and what it
+    computes. Those in the state's dtype have values once `_qkv` was launched."""
 
     sizes: SideSizes
+    given: SideLayerWeights
     weights: SideLayerWeights
     call: SideLayerCall
     tokens: int
@@ -50,8 +56,8 @@ class _Layer(NamedTuple):
 def side_layer(state: Tensor, weights: SideLayerWeights, call: SideLayerCall) -> Tensor:
     """The layer's output [T, S]; arguments as of `ladder_kernels.side_layer`, checked."""
     layer = _layer(state, weights, call)
-    heads, _ = _qkv(layer, state, store_normed=False)
-    mixed = call.attention(*_split(layer, heads))
+    heads, _ = _qkv(layer, state, for_backward=False)
+    mixed = call.attention(*heads)
     if layer.sizes.is_fused:
         return _mlp(layer, state, mixed)
     u = _linear(layer, mixed, layer.weights.attention_out, state)
@@ -59,13 +65,16 @@ def side_layer(state: Tensor, weights: SideLayerWeights, call: SideLayerCall) ->
 
 
 def side_layer_backward(
-    dout: Tensor, state: Tensor, weights: SideLayerWeights, call: SideLayerCall
+    dout: Tensor,
+    state: Tensor,
+    weights: SideLayerWeights,
+    call: SideLayerCall,
 ) -> tuple[Tensor, ...]:
     """Gradients of state, in its dtype, and of the six weights, in theirs."""
     layer = _layer(state, weights, call)
     dout = dout.contiguous()
-    heads, normed_s = _qkv(layer, state, store_normed=True)
-    query, key, value = (t.detach().requires_grad_() for t in _split(layer, heads))
+    heads, normed_s = _qkv(layer, state, for_backward=True)
+    query, key, value = (t.requires_grad_() for t in heads)
     with torch.enable_grad():
         mixed = call.attention(query, key, value)
     u = _linear(layer, mixed.detach(), layer.weights.attention_out, state)
@@ -74,59 +83,52 @@ def side_layer_backward(
     dheads = torch.autograd.grad(mixed, (query, key, value), du @ layer.weights.attention_out)
     dqkv, dstate, attention_partial = _qkv_dx(layer, tuple(t.contiguous() for t in dheads), state, du)
     products = (dqkv, normed_s, du, mixed.detach(), dgate_up, normed_u, dout, activation)
-    return dstate, *_weight_gradients(layer, weights, products, attention_partial, mlp_partial)
+    return dstate, *_weight_gradients(layer, products, attention_partial, mlp_partial)
 
 
 def _layer(state: Tensor, weights: SideLayerWeights, call: SideLayerCall) -> _Layer:
     shape = call.shape
     sizes = SideSizes(state.shape[1], shape.heads, shape.kv_heads, shape.head_dim, weights.mlp_out.shape[1])
-    if weights.qkv.dtype != state.dtype:
-        weights = _cast(weights, state.dtype, sizes)
-    return _Layer(sizes, weights, call, state.shape[0])
+    rounded = weights if weights.qkv.dtype == state.dtype else _room_for(weights, state.dtype)
+    return _Layer(sizes, weights, rounded, call, state.shape[0])
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], chosen: KernelConfig, *arguments: Any) -> None:
-    options = {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages}
-    kernel[grid](*arguments, **chosen.constants, **options)
+    options = {"num_warps": chosen.num_warps, "num_stages": chosen.num_stages, "enable_fp_fusion": True}
+    launch(kernel, grid, *arguments, **chosen.constants, **options)
 
 
 def _blocks(size: int, block: int) -> int:
     return -(-size // block)
 
 
-def _cast(weights: SideLayerWeights, dtype: torch.dtype, sizes: SideSizes) -> SideLayerWeights:
-    """The weights rounded to dtype, views of one buffer."""
+def _room_for(weights: SideLayerWeights, dtype: torch.dtype) -> SideLayerWeights:
+    """Empty weights of these shapes in dtype, views of one buffer."""
     starts, end = [], 0
     for weight in weights:
         starts.append(end)
         end += _blocks(weight.numel(), _ALIGNMENT) * _ALIGNMENT
     buffer = torch.empty(end, dtype=dtype, device=weights.qkv.device)
     views = [buffer[start : start + w.numel()].view(w.shape) for start, w in zip(starts, weights, strict=True)]
-    chosen = config.cast_config(sizes)
-    largest = max(weight.numel() for weight in weights)
-    grid = (_blocks(largest, chosen.constants["BLOCK"]), len(weights))
-    _launch(_side_cast_fwd_kernel, grid, chosen, *weights, *views)
     return SideLayerWeights(*views)
 
 
-def _split(layer: _Layer, heads: Tensor) -> tuple[Tensor, ...]:
-    sizes = layer.sizes
-    heads = heads.view(layer.tokens, -1, sizes.head_dim)
-    return heads.split((sizes.heads, sizes.kv_heads, sizes.kv_heads), dim=1)
-
-
-def _qkv(layer: _Layer, state: Tensor, *, store_normed: bool) -> tuple[Tensor, Tensor]:
-    """q, k and v side by side, rotated [T, N], and the normed state [T, S] if asked for."""
-    sizes = layer.sizes
-    chosen = config.qkv_config(sizes, store_normed=store_normed)
-    heads = state.new_empty(layer.tokens, sizes.qkv)
-    normed = torch.empty_like(state) if store_normed else heads
-    blocks_n = _blocks(sizes.qkv // 2, chosen.constants["BLOCK_N"])
-    grid = (_blocks(layer.tokens, chosen.constants["BLOCK_M"]), blocks_n)
-    weights = layer.weights
-    tensors = (state, weights.attention_norm, weights.qkv, layer.call.cos, layer.call.sin, heads, normed)
-    _launch(_side_qkv_fwd_kernel, grid, chosen, *tensors, layer.tokens, layer.call.shape.epsilon)
-    return heads, normed
+def _qkv(layer: _Layer, state: Tensor, *, for_backward: bool) -> tuple[tuple[Tensor, ...], Tensor | None]:
+    """q, k and v [T, heads, d], q and k rotated; for backward one key and value head per query head, and the normed
+    state [T, S]. Rounds the parameters if need be."""
+    sizes, casts = layer.sizes, layer.given is not layer.weights
+    chosen = config.qkv_config(sizes, casts=casts, for_backward=for_backward)
+    kv_heads = sizes.kv_heads * chosen.constants["REPEATS"]
+    heads = state.new_empty(layer.tokens, sizes.heads + 2 * kv_heads, sizes.head_dim)
+    normed = torch.empty_like(state) if for_backward else None
+    targets = layer.weights if casts else (None,) * len(layer.weights)
+    blocks_m = _blocks(layer.tokens, chosen.constants["BLOCK_M"])
+    programs = _blocks(sizes.qkv // 2, chosen.constants["BLOCK_N"])
+    if casts:
+        programs += _blocks(config.cast_blocks(sizes), blocks_m)
+    tensors = (state, layer.call.cos, layer.call.sin, heads, normed, *layer.given, *targets)
+    _launch(_side_qkv_fwd_kernel, (programs, blocks_m), chosen, *tensors, layer.tokens, layer.call.shape.epsilon)
+    return heads.split((sizes.heads, kv_heads, kv_heads), dim=1), normed
 
 
 def _mlp(layer: _Layer, state: Tensor, mixed: Tensor) -> Tensor:
@@ -193,8 +195,9 @@ def _qkv_dx(layer: _Layer, dheads: tuple[Tensor, ...], state: Tensor, du: Tensor
     dqkv = state.new_empty(layer.tokens, sizes.qkv)
     if not sizes.is_fused:
         chosen = config.rotary_config(sizes)
-        blocks_n = _blocks(sizes.qkv // 2, chosen.constants["BLOCK_N"])
-        grid = (_blocks(layer.tokens, chosen.constants["BLOCK_M"]), blocks_n)
+        block_m, block_n = chosen.constants["BLOCK_M"], chosen.constants["BLOCK_N"]
+        of_query, of_others = sizes.mixed // 2, sizes.kv_heads * sizes.head_dim
+        grid = (_blocks(layer.tokens, block_m), _blocks(of_query, block_n) + _blocks(of_others, block_n))
         _launch(_side_rotary_bwd_kernel, grid, chosen, *dheads, layer.call.cos, layer.call.sin, dqkv, layer.tokens)
         return dqkv, *_norm_dx(layer, dqkv @ weights.qkv, state, weights.attention_norm, du)
     chosen = config.qkv_dx_config(sizes)
@@ -227,15 +230,11 @@ def _norm_dx(layer: _Layer, dnormed: Tensor, x: Tensor, norm: Tensor, residual: 
 
 
 def _weight_gradients(
-    layer: _Layer,
-    weights: SideLayerWeights,
-    products: tuple[Tensor, ...],
-    attention_partial: Tensor,
-    mlp_partial: Tensor,
+    layer: _Layer, products: tuple[Tensor, ...], attention_partial: Tensor, mlp_partial: Tensor
 ) -> tuple[Tensor, ...]:
     sizes = layer.sizes
     chosen = config.weights_config(sizes)
-    gradients = tuple(torch.empty_like(weight) for weight in weights)
+    gradients = tuple(torch.empty_like(weight) for weight in layer.given)
     block_m, block_n = chosen.constants["BLOCK_M"], chosen.constants["BLOCK_N"]
     shapes = [gradient.shape for gradient in gradients if gradient.dim() == 2]
     tiles = sum(_blocks(rows, block_m) * _blocks(cols, block_n) for rows, cols in shapes)

@@ -20,8 +20,9 @@ from ladder_kernels.gpu.side_forward import (
     _side_qkv_fwd_kernel,
     _side_swiglu_fwd_kernel,
 )
-from ladder_kernels.gpu.side_weights import _side_cast_fwd_kernel, _side_weights_bwd_dw_kernel
+from ladder_kernels.gpu.side_weights import _side_weights_bwd_dw_kernel
 from ladder_kernels.gpu.spec import KernelSpec
+from ladder_kernels.side_layer import SideLayerWeights
 
 # One size of each padded width and of each way to compute: Qwen2.5 0.5B, 7B and 3B and Llama-3 8B beside reduction
 # factors of 16, 16, 6 and 4.
@@ -31,6 +32,7 @@ SIZES = (
     SideSizes(352, 11, 1, 32, 1856),
     SideSizes(1024, 16, 4, 64, 3584),
 )
+_PARAMETERS = tuple(f"{name}_ptr" for name in SideLayerWeights._fields)
 _KEPT_IN_FP32 = ("attention_partial_ptr", "mlp_partial_ptr", "dnorm_ptr")
 _WEIGHT_GRADIENTS = tuple(
     f"d{name}_ptr"
@@ -47,9 +49,9 @@ def specs() -> Iterator[KernelSpec]:
 
 
 def _kernels(sizes: SideSizes) -> Iterator[tuple[str, Any, KernelConfig]]:
-    yield "cast", _side_cast_fwd_kernel, config.cast_config(sizes)
-    yield "qkv", _side_qkv_fwd_kernel, config.qkv_config(sizes, store_normed=False)
-    yield "qkv_again", _side_qkv_fwd_kernel, config.qkv_config(sizes, store_normed=True)
+    for name, for_backward in (("qkv", False), ("qkv_again", True)):
+        yield name, _side_qkv_fwd_kernel, config.qkv_config(sizes, casts=False, for_backward=for_backward)
+        yield f"{name}_cast", _side_qkv_fwd_kernel, config.qkv_config(sizes, casts=True, for_backward=for_backward)
     yield "attention_out", _side_linear_fwd_kernel, config.linear_config(sizes.side_dim, sizes.mixed)
     yield "mlp_bwd", _side_mlp_bwd_kernel, config.mlp_backward_config(sizes)
     yield "weights", _side_weights_bwd_dw_kernel, config.weights_config(sizes)
@@ -65,23 +67,30 @@ def _kernels(sizes: SideSizes) -> Iterator[tuple[str, Any, KernelConfig]]:
 
 
 def _spec(name: str, kernel: Any, chosen: KernelConfig, dtype: str, sizes: SideSizes) -> KernelSpec:
+    casts = name.endswith("_cast")
+    absent = {}
+    if kernel is _side_qkv_fwd_kernel:
+        absent = {"normed_ptr": None} if "again" not in name else {}
+        absent |= {} if casts else dict.fromkeys((f"to_{parameter}" for parameter in _PARAMETERS), None)
+
     def type_of(argument: str) -> str:
         if not argument.endswith("_ptr"):
             return "fp32" if argument == "epsilon" else "i32"
         # Parameters and their gradients are fp32.
         is_wide = (
             argument in _KEPT_IN_FP32
-            or (kernel is _side_cast_fwd_kernel and not argument.startswith("to_"))
+            or (casts and argument in _PARAMETERS)
             or (kernel is _side_weights_bwd_dw_kernel and argument in _WEIGHT_GRADIENTS)
         )
         return "*fp32" if is_wide else f"*{dtype}"
 
+    constants = chosen.constants | absent
     return KernelSpec(
         name=f"side_layer.{name}.{dtype}.S{sizes.side_dim}",
         kernel=kernel,
-        types={argument: type_of(argument) for argument in kernel.arg_names if argument not in chosen.constants},
-        constants=chosen.constants,
+        types={argument: type_of(argument) for argument in kernel.arg_names if argument not in constants},
+        constants=constants,
         num_warps=chosen.num_warps,
         num_stages=chosen.num_stages,
-        uses_tensor_cores=name not in ("cast", "norm_dx", "rotary_bwd"),
+        uses_tensor_cores=name not in ("norm_dx", "rotary_bwd"),
     )

@@ -1,6 +1,6 @@
-"""Kernels over all parameters of a side layer at once, so that each costs one launch and not six.
+"""What touches all parameters of a side layer at once, so that it costs one launch and not six.
 
-_side_cast_fwd_kernel          the parameters rounded to the compute dtype
+cast_parameters                rounds them, in the launch of `_side_qkv_fwd_kernel`
 _side_weights_bwd_dw_kernel    their gradients, from what the other backward kernels left
 """
 
@@ -17,54 +17,36 @@ def _cast(source_ptr, target_ptr, block, SIZE: tl.constexpr, BLOCK: tl.constexpr
 
 
 @triton.jit
-def _side_cast_fwd_kernel(
-    attention_norm_ptr,
-    qkv_ptr,
-    attention_out_ptr,
-    mlp_norm_ptr,
-    gate_up_ptr,
-    mlp_out_ptr,
-    to_attention_norm_ptr,
-    to_qkv_ptr,
-    to_attention_out_ptr,
-    to_mlp_norm_ptr,
-    to_gate_up_ptr,
-    to_mlp_out_ptr,
-    S: tl.constexpr,
-    WIDTH: tl.constexpr,
-    MIXED: tl.constexpr,
-    F: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Program (i, j) rounds block i of parameter j; the first axis is as long as the largest needs it."""
-    block, which = tl.program_id(0), tl.program_id(1)
-    if which == 0:
-        _cast(attention_norm_ptr, to_attention_norm_ptr, block, S, BLOCK)
-    elif which == 1:
-        _cast(qkv_ptr, to_qkv_ptr, block, WIDTH * S, BLOCK)
-    elif which == 2:
-        _cast(attention_out_ptr, to_attention_out_ptr, block, S * MIXED, BLOCK)
-    elif which == 3:
-        _cast(mlp_norm_ptr, to_mlp_norm_ptr, block, S, BLOCK)
-    elif which == 4:
+def cast_parameters(
+    attention_norm_ptr, qkv_ptr, attention_out_ptr, mlp_norm_ptr, gate_up_ptr, mlp_out_ptr,
+    to_attention_norm_ptr, to_qkv_ptr, to_attention_out_ptr, to_mlp_norm_ptr, to_gate_up_ptr, to_mlp_out_ptr,
+    block, S: tl.constexpr, WIDTH: tl.constexpr, MIXED: tl.constexpr, F: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Round one block of the parameters: gate_up, mlp_out, qkv, attention_out, both norms, then nothing."""
+    END_GATE_UP: tl.constexpr = (2 * F * S + BLOCK - 1) // BLOCK
+    END_MLP_OUT: tl.constexpr = END_GATE_UP + (S * F + BLOCK - 1) // BLOCK
+    END_QKV: tl.constexpr = END_MLP_OUT + (WIDTH * S + BLOCK - 1) // BLOCK
+    END_ATTENTION_OUT: tl.constexpr = END_QKV + (S * MIXED + BLOCK - 1) // BLOCK
+    END_ATTENTION_NORM: tl.constexpr = END_ATTENTION_OUT + (S + BLOCK - 1) // BLOCK
+    if block < END_GATE_UP:
         _cast(gate_up_ptr, to_gate_up_ptr, block, 2 * F * S, BLOCK)
-    else:
-        _cast(mlp_out_ptr, to_mlp_out_ptr, block, S * F, BLOCK)
+    elif block < END_MLP_OUT:
+        _cast(mlp_out_ptr, to_mlp_out_ptr, block - END_GATE_UP, S * F, BLOCK)
+    elif block < END_QKV:
+        _cast(qkv_ptr, to_qkv_ptr, block - END_MLP_OUT, WIDTH * S, BLOCK)
+    elif block < END_ATTENTION_OUT:
+        _cast(attention_out_ptr, to_attention_out_ptr, block - END_QKV, S * MIXED, BLOCK)
+    elif block < END_ATTENTION_NORM:
+        _cast(attention_norm_ptr, to_attention_norm_ptr, block - END_ATTENTION_OUT, S, BLOCK)
+    elif block < END_ATTENTION_NORM + (S + BLOCK - 1) // BLOCK:
+        _cast(mlp_norm_ptr, to_mlp_norm_ptr, block - END_ATTENTION_NORM, S, BLOCK)
 
 
 @triton.jit
 def _product_over_tokens(
-    left_ptr,
-    right_ptr,
-    out_ptr,
-    tile,
-    T,
-    M: tl.constexpr,
-    N: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-):
+    left_ptr, right_ptr, out_ptr, tile, T,
+    M: tl.constexpr, N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
     """One tile of out [M, N] = left^T @ right, left [T, M] and right [T, N]."""
     tiles_n: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     offs_m = tile // tiles_n * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -99,35 +81,15 @@ def _sum_over_blocks(partial_ptr, out_ptr, tile, count, S: tl.constexpr, BLOCK_T
     tl.store(out_ptr + cols, tl.sum(total, axis=0).to(out_ptr.dtype.element_ty), mask=cols < S)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["T", "attention_blocks", "mlp_blocks"])
 def _side_weights_bwd_dw_kernel(
-    dqkv_ptr,
-    normed_s_ptr,
-    du_ptr,
-    mixed_ptr,
-    dgate_up_ptr,
-    normed_u_ptr,
-    dout_ptr,
-    activation_ptr,
-    attention_partial_ptr,
-    mlp_partial_ptr,
-    dattention_norm_ptr,
-    dqkv_weight_ptr,
-    dattention_out_ptr,
-    dmlp_norm_ptr,
-    dgate_up_weight_ptr,
-    dmlp_out_ptr,
-    T,
-    attention_blocks,
-    mlp_blocks,
-    S: tl.constexpr,
-    WIDTH: tl.constexpr,
-    MIXED: tl.constexpr,
-    F: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-):
+    dqkv_ptr, normed_s_ptr, du_ptr, mixed_ptr, dgate_up_ptr, normed_u_ptr, dout_ptr, activation_ptr,
+    attention_partial_ptr, mlp_partial_ptr,
+    dattention_norm_ptr, dqkv_weight_ptr, dattention_out_ptr, dmlp_norm_ptr, dgate_up_weight_ptr, dmlp_out_ptr,
+    T, attention_blocks, mlp_blocks,
+    S: tl.constexpr, WIDTH: tl.constexpr, MIXED: tl.constexpr, F: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
     """All gradients: tiles of gate_up, mlp_out, qkv and attention_out, then both norms, in this order of programs.
 
     A tile needs all tokens, so nothing is added across programs.

@@ -43,6 +43,11 @@ class KernelSpec(NamedTuple):
     enable_fp_fusion: bool = True
 
 
+def architectures_of(dtype: torch.dtype) -> tuple[int, ...]:
+    """Where kernels without matrix products are launched on this dtype."""
+    return ARCHITECTURES if dtype == torch.bfloat16 else (TURING, *ARCHITECTURES)
+
+
 def architecture(device: torch.device) -> int:
     """Compute capability of a CUDA device, 86 for 8.6; 86 for the interpreter's CPU."""
     if device.type != "cuda":

@@ -19,6 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ladder_kernels.gpu.launcher import launch
 from ladder_kernels.gpu.spec import POINTERS, KernelSpec
 from ladder_kernels.gpu.tap_tiles import (
     ELEMENTS,
@@ -197,7 +198,8 @@ def tap(
         codes = torch.empty(tokens, width, dtype=torch.int8, device=h.device)
         scales = torch.empty(tokens, triton.cdiv(width, INT8_GROUP), dtype=torch.float32, device=h.device)
     tile = forward_tile(tokens, h.itemsize, keep_int8)
-    _tap_fwd_kernel[(triton.cdiv(side, tile.side), triton.cdiv(tokens, tile.tokens))](
+    launch(
+        _tap_fwd_kernel, (triton.cdiv(side, tile.side), triton.cdiv(tokens, tile.tokens)),
         h, weight, state, gate, out, codes, scales, tokens, side, width, h.stride(0),
         0 if state is None else state.stride(0),
         HAS_STATE=state is not None, HAS_GATE=gate is not None, KEEP_INT8=keep_int8,
@@ -251,7 +253,8 @@ def _state_gradient(
     dout: Tensor, state: Tensor | None, gate: Tensor, needs_state: bool, products: Tensor | None
 ) -> Tensor | None:
     dstate = torch.empty_like(dout) if needs_state else None
-    _tap_bwd_dstate_kernel[(_blocks(dout),)](
+    launch(
+        _tap_bwd_dstate_kernel, (_blocks(dout),),
         dout, None if state is None else state.contiguous(), gate, dstate, products, dout.numel(),
         NEEDS_STATE=needs_state, NEEDS_GATE=products is not None,
         BLOCK=ELEMENTS, num_warps=4, enable_fp_fusion=False,
@@ -275,7 +278,8 @@ def _weight_gradient(
     if is_part:
         target = torch.empty(parts.count, side, width, dtype=torch.float32, device=dout.device)
     flags = {"HAS_GATE": gate is not None, "NEEDS_GATE": products is not None}
-    _tap_bwd_dw_kernel[(triton.cdiv(width, tile.width), triton.cdiv(side, tile.side), parts.count)](
+    launch(
+        _tap_bwd_dw_kernel, (triton.cdiv(width, tile.width), triton.cdiv(side, tile.side), parts.count),
         dout, kept, scales, None if is_part else weight, None if is_part else gate, target,
         None if is_part else products, tokens, side, width, kept.stride(0), parts.tokens,
         HAS_GATE=flags["HAS_GATE"] and not is_part, NEEDS_GATE=flags["NEEDS_GATE"] and not is_part,
@@ -283,7 +287,8 @@ def _weight_gradient(
         num_warps=tile.num_warps, num_stages=tile.num_stages, enable_fp_fusion=False,
     )  # fmt: skip
     if is_part:
-        _tap_bwd_dw_sum_kernel[(_blocks(weight),)](
+        launch(
+            _tap_bwd_dw_sum_kernel, (_blocks(weight),),
             target, weight, gate, dweight, products, weight.numel(), parts.count, **flags,
             ROUNDED=_TYPES[dout.dtype], BLOCK=ELEMENTS, num_warps=4, enable_fp_fusion=False,
         )  # fmt: skip
