@@ -10,7 +10,8 @@ Kept for backward: s, the parameters and the rotary tables, which all layers sha
 The merge of a tap's projection into the state happens in `tap`, so the state given here is merged and z is never kept.
 
 An autograd function and no `torch.library` op: on a CPU it is made of torch operations in both directions, which memory
-trackers and tracers see through, and on a GPU the sequence of kernels is in `ladder_kernels.gpu.side_layer`.
+trackers and tracers see through, and on a GPU the sequence of kernels is in `ladder_kernels.gpu.side_layer`. Decoding a
+few rows on a CPU, without a gradient, is two native calls around the attention.
 """
 
 from __future__ import annotations

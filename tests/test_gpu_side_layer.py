@@ -97,6 +97,14 @@ def test_weights_in_the_dtype_of_the_state_are_the_same_as_wider_ones_rounded(gp
         assert_same_bits(name, one, other.half())
 
 
+def test_attention_can_be_computed_elsewhere(gpu_device: torch.device) -> None:
+    tensors, call = inputs("tiny", torch.float16, gpu_device)
+    state, weights = tensors[0], SideLayerWeights(*tensors[1:])
+    other = call._replace(attend=lambda query, key, value: attention(query, key, 2 * value, call.shape.lengths))
+    doubled = weights._replace(qkv=torch.cat((weights.qkv[:-8], 2 * weights.qkv[-8:])))
+    assert_same_bits("out", gpu.side_layer(state, weights, other), gpu.side_layer(state, doubled, call))
+
+
 def test_public_op_launches_them(gpu_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules["ladder_kernels.side_layer"], "_runs_triton", lambda *tensors: True)
     tensors, call = inputs("tiny", torch.float16, gpu_device)
