@@ -27,7 +27,9 @@ from engine.config import LadderConfig
 from engine.memory import GB, MemoryPolicies, Workload, plan_memory
 
 MEMORY_CSV = RESULTS_FOLDER / "memory.csv"
-COLUMNS = ("model", "tokens", "batch", "method", "policies", "phase", "bytes", "planned_bytes", "parts", "torch")
+COLUMNS = (
+    "model", "tokens", "batch", "method", "policies", "phase", "bytes", "planned_bytes", "host_bytes", "parts", "torch",
+)  # fmt: skip
 PEAK = "peak"
 RIVALS = {
     "qlora": QLoRA(checkpointing=False),
@@ -58,16 +60,25 @@ class TrackedCase:
 
     @property
     def label(self) -> str:
-        """The method, with a reduction factor that is not the usual one."""
-        return self.method if self.reduction_factor == 16 else f"{self.method}-r{self.reduction_factor}"
+        """The method, and what is not the default of it."""
+        differences = [
+            f"r{self.reduction_factor}" if self.reduction_factor != 16 else "",
+            "host" if self.policies.residency == "host" else "",
+            self.policies.head_dtype if self.policies.head_dtype != "dense" else "",
+        ]
+        return "-".join((self.method, *filter(None, differences)))
 
 
+STREAMED = MemoryPolicies(residency="host", head_dtype="nf4")
 CASES = (
     *(TrackedCase("Qwen2.5-7B", 2048, method) for method in ("ladder", "xladder", "lst", "qst", *RIVALS)),
-    TrackedCase("Qwen2.5-7B", 32768, "ladder"),
-    *(TrackedCase("Qwen2.5-14B", 2048, method) for method in ("ladder", "xladder", *RIVALS)),
-    *(TrackedCase("Qwen2.5-32B", 2048, method) for method in ("ladder", "xladder", *RIVALS)),
-    TrackedCase("Llama-3.1-70B", 2048, "ladder", reduction_factor=64),
+    TrackedCase("Qwen2.5-7B", 2048, "ladder", policies=STREAMED),
+    TrackedCase("Qwen2.5-7B", 32768, "ladder", policies=STREAMED),
+    *(TrackedCase("Qwen2.5-14B", 2048, method) for method in ("ladder", *RIVALS)),
+    TrackedCase("Qwen2.5-14B", 2048, "ladder", policies=STREAMED),
+    *(TrackedCase("Qwen2.5-32B", 2048, method) for method in ("ladder", *RIVALS)),
+    TrackedCase("Qwen2.5-32B", 2048, "ladder", policies=STREAMED),
+    TrackedCase("Llama-3.1-70B", 2048, "ladder", reduction_factor=64, policies=STREAMED),
 )
 
 
@@ -79,7 +90,7 @@ def track(case: TrackedCase) -> list[Row]:
         tracker = track_qlora(hf_config, RIVALS[case.method], case.tokens)
     else:
         config = LadderConfig.preset(case.method, reduction_factor=case.reduction_factor)
-        tracker = track_ladder(hf_config, config, case.tokens)
+        tracker = track_ladder(hf_config, config, case.tokens, policies=case.policies)
         plan = plan_memory(backbone_config(hf_config), config, Workload(case.tokens), case.policies)
         planned = {phase: plan.phase_bytes(phase) for phase in plan.phases} | {PEAK: plan.peak_bytes}
     common = {
@@ -96,6 +107,7 @@ def track(case: TrackedCase) -> list[Row]:
             "phase": phase,
             "bytes": str(peak.device_bytes),
             "planned_bytes": str(planned.get(phase, "")),
+            "host_bytes": str(max(peak.host_bytes for peak in tracker.peaks.values())),
             "parts": " ".join(f"{part.replace(' ', '_')}={size}" for part, size in peak.parts.most_common() if size),
         }
         for phase, peak in (tracker.peaks | {PEAK: tracker.peak}).items()

@@ -23,6 +23,7 @@ from benchmarks.tracked_step import empty_tensors, optimizer_with_moments
 from benchmarks.tracker import StorageTracker, tracked
 from engine.backbone.decoder import Block, Linear
 from engine.backbone.families import BackboneConfig, backbone_config
+from engine.memory import MemoryPolicies
 from engine.sequence import rotary_table
 from ladder_kernels import NF4Weight, Workspace, linear_cross_entropy, reference
 from ladder_kernels.attention import attention
@@ -50,9 +51,9 @@ def track_qlora(hf_config: PreTrainedConfig, variant: QLoRA, tokens: int, batch:
     tracker, fake = StorageTracker(), FakeTensorMode(allow_non_fake_inputs=True)
     config = backbone_config(hf_config)
     with tracked(tracker, fake):
-        embedding, blocks, norm, head = empty_tensors(config, tracker)
+        embedding, frozen, norm, head = empty_tensors(config, MemoryPolicies(embedding="device"), tracker)
         with tracker.making("adapters"):
-            layers = nn.ModuleList(_AdaptedBlock(block, config, variant.autocast) for block in blocks)
+            layers = nn.ModuleList(_AdaptedBlock(block, config, variant.autocast) for block in frozen.blocks)
         optimizer = optimizer_with_moments(layers, tracker)
         ids = torch.empty(batch * tokens, dtype=torch.int64)
         positions = torch.arange(tokens).repeat(batch)

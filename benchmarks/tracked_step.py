@@ -11,17 +11,21 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from transformers import PreTrainedConfig
 
-from benchmarks.tracker import ACTIVATIONS, StorageTracker, tracked
+from benchmarks.tracker import ACTIVATIONS, HOST, StorageTracker, tracked
 from engine.backbone import Backbone
-from engine.backbone.decoder import Block
 from engine.backbone.families import BackboneConfig, backbone_config, expected_tensors
-from engine.backbone.loader import assemble
+from engine.backbone.layout import packed_nbytes, views
+from engine.backbone.loader import assemble_block
+from engine.backbone.residency import Layers
 from engine.config import LadderConfig
+from engine.memory import MemoryPolicies
 from engine.model import LadderModel
 from engine.rows import Rows
 from engine.sequence import SequenceLayout
 from engine.side_network import SideNetwork
 from ladder_kernels import NF4Weight
+from ladder_kernels.head import HeadWeight
+from ladder_kernels.int8 import Int8Weight
 
 
 def track_ladder(
@@ -29,17 +33,19 @@ def track_ladder(
     config: LadderConfig,
     tokens: int,
     batch: int = 1,
+    policies: MemoryPolicies | None = None,
 ) -> StorageTracker:
     """A tracked optimizer step whose every token is supervised, moments and scratch being there from a step before.
 
     Args:
         hf_config: the backbone's.
         tokens: of each of the `batch` documents.
+        policies: None for the defaults. Taps and optimizer are those of the default yet.
     """
     tracker, fake = StorageTracker(), FakeTensorMode(allow_non_fake_inputs=True)
     shape = backbone_config(hf_config)
     with tracked(tracker, fake):
-        tensors = empty_tensors(shape, tracker)
+        tensors = empty_tensors(shape, policies or MemoryPolicies(), tracker)
     backbone = Backbone(shape, hf_config, *tensors)  # reads its rotary frequencies, which have to be real
     with tracked(tracker, fake):
         with tracker.making("side parameters"), patch.object(SideNetwork, "to", lambda module, device: module):
@@ -51,16 +57,52 @@ def track_ladder(
     return tracker
 
 
-def empty_tensors(config: BackboneConfig, tracker: StorageTracker) -> tuple[Tensor, list[Block], Tensor, Tensor]:
-    """What a `Backbone` is made of, without contents, all of it on the device."""
-    parts = {config.names.embedding: "embedding", config.names.head: "head"}
-    loaded: dict[str, Tensor | NF4Weight] = {}
+def empty_tensors(
+    config: BackboneConfig, policies: MemoryPolicies, tracker: StorageTracker
+) -> tuple[Tensor, Layers, Tensor, HeadWeight]:
+    """What a `Backbone` is made of, without contents, where the policies say: embedding, layers, final norm, head."""
+    table = (config.vocab_size, config.hidden_size)
     with tracker.phase("load"):
-        for name, expected in expected_tensors(config).items():
-            shape = expected.shape
-            with tracker.making(parts.get(name, "backbone layers")):
-                loaded[name] = empty_nf4(*shape) if expected.linear else torch.empty(shape, dtype=torch.bfloat16)
-    return assemble(config, loaded)
+        layers = _empty_layers(config, policies, tracker)
+        with tracker.making("head"):
+            norm = torch.empty(config.hidden_size, dtype=torch.bfloat16)
+            head = empty_head(*table, policies.head_dtype)
+        if config.tie_word_embeddings and isinstance(head, Tensor):
+            return head, layers, norm, head
+        with tracker.making(HOST if policies.embedding == "host" else "embedding"):
+            embedding = torch.empty(table, dtype=torch.bfloat16)
+    return embedding, layers, norm, head
+
+
+def _empty_layers(config: BackboneConfig, policies: MemoryPolicies, tracker: StorageTracker) -> Layers:
+    """Resident layers, then streamed ones with their staging buffers."""
+    resident = config.num_layers if policies.residency == "device" else policies.resident_layers
+    blocks, buffers = [], {}
+    for index in range(config.num_layers):
+        prefix = config.names.layer.format(index)
+        expected = {name: tensor for name, tensor in expected_tensors(config).items() if name.startswith(prefix)}
+        with tracker.making("backbone layers"):
+            loaded: dict[str, HeadWeight] = {
+                name: empty_nf4(*tensor.shape) if tensor.linear else torch.empty(tensor.shape, dtype=torch.bfloat16)
+                for name, tensor in expected.items()
+            }
+            block = assemble_block(config, index, loaded)
+        if index >= resident:
+            with tracker.making(HOST):
+                buffers[index] = torch.empty(packed_nbytes(block), dtype=torch.uint8)
+            block = views(block, buffers[index])
+        blocks.append(block)
+    with tracker.making("layers in flight"):
+        return Layers(blocks, torch.device("cpu"), buffers, prefetch=policies.prefetch)
+
+
+def empty_head(rows: int, columns: int, head_dtype: str) -> HeadWeight:
+    """An output matrix without contents."""
+    if head_dtype == "nf4":
+        return empty_nf4(rows, columns)
+    if head_dtype == "int8":
+        return Int8Weight(torch.empty(rows, columns, dtype=torch.int8), torch.empty(rows))
+    return torch.empty(rows, columns, dtype=torch.bfloat16)
 
 
 def empty_nf4(rows: int, columns: int) -> NF4Weight:

@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 from ladder_kernels import checks, dispatch, launch
 
 ACTIVATIONS = "activations"
+HOST = ""  # the part that is not on the device
 SM_COUNT = 28  # RTX 3060
 
 
@@ -56,7 +57,7 @@ class StorageTracker(TorchDispatchMode):
         self._total = 0
         self._phase: str | None = None
         self._made_as = ACTIVATIONS
-        self._parts: dict[int, tuple[str, int]] = {}  # of each live storage: part ("" on the host) and bytes
+        self._parts: dict[int, tuple[str, int]] = {}  # of each live storage
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -84,7 +85,7 @@ class StorageTracker(TorchDispatchMode):
 
     @contextmanager
     def making(self, part: str) -> Iterator[None]:
-        """Storages made inside belong to `part`."""
+        """Storages made inside belong to `part`, which may be `HOST`."""
         previous, self._made_as = self._made_as, part
         try:
             yield
@@ -109,15 +110,6 @@ class StorageTracker(TorchDispatchMode):
             self.live[part] += known[1]
             self._parts[key] = (part, known[1])
 
-    def to_host(self, tensor: Tensor) -> None:
-        """The tensor's storage is in host memory: it leaves the device's account."""
-        key = tensor.untyped_storage()._cdata
-        part, size = self._parts[key]
-        if part:
-            self._forget(key)
-            self._parts[key] = ("", size)
-            self.live_host += size
-
     def _add(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
         key = storage._cdata
@@ -125,22 +117,21 @@ class StorageTracker(TorchDispatchMode):
             return
         size = storage.nbytes()
         self._parts[key] = (self._made_as, size)
-        self.live[self._made_as] += size
-        self._total += size
+        if self._made_as == HOST:
+            self.live_host += size
+        else:
+            self.live[self._made_as] += size
+            self._total += size
         weakref.finalize(storage, self._drop, key).atexit = False
         self._note()
 
     def _drop(self, key: int) -> None:
-        self._forget(key)
-        del self._parts[key]
-
-    def _forget(self, key: int) -> None:
-        part, size = self._parts[key]
-        if part:
+        part, size = self._parts.pop(key)
+        if part == HOST:
+            self.live_host -= size
+        else:
             self.live[part] -= size
             self._total -= size
-        else:
-            self.live_host -= size
 
     def _note(self) -> None:
         if self._phase is None:
@@ -164,7 +155,8 @@ def tracked(tracker: StorageTracker, fake: FakeTensorMode) -> Iterator[None]:
 def gpu_code(sm_count: int = SM_COUNT) -> Iterator[None]:
     """CPU tensors are taken for those of a card of the architecture 86 with so many multiprocessors.
 
-    Dispatch says "Triton, eagerly", launches do nothing, and scratch is kept as it is outside of fake tensors.
+    Dispatch says "Triton, eagerly", launches do nothing, and scratch is kept as it is outside of fake tensors. One thing
+    is not as on a GPU: a packed head is decoded into one panel instead of two.
     """
     from ladder_kernels.gpu import elementwise, nf4_linear, side_layer, tap  # noqa: F401, imported to be replaced
 
@@ -177,7 +169,7 @@ def gpu_code(sm_count: int = SM_COUNT) -> Iterator[None]:
         is_in_torch_dispatch_mode: lambda: False,  # asked by Workspace, which would keep nothing
         checks.check_targets: lambda *_: None,
         launch.logit_chunk_bytes: lambda device: chunk_bytes,
-        nf4_linear._card: lambda device: card,
+        nf4_linear.card: lambda device: card,
     }
     with ExitStack() as stack:
         stack.enter_context(patch.object(type(elementwise._rms_norm_fwd_kernel), "__getitem__", _launches_nothing))

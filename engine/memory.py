@@ -30,7 +30,14 @@ from engine.sizes import (
     side_parameters,
 )
 from ladder_kernels import native
-from ladder_kernels.launch import gpu_linear_plan, linear_plan, logit_chunk_bytes, logit_rows
+from ladder_kernels.launch import (
+    gpu_linear_plan,
+    gpu_panel_rows,
+    linear_plan,
+    logit_chunk_bytes,
+    logit_rows,
+    panel_rows,
+)
 
 GB = 10**9
 CARD_SHARE = 11 / 12
@@ -54,8 +61,9 @@ class MemoryPolicies:
         prefetch: of "host", layers copied ahead of the one that computes.
         taps: hidden states kept for tap_down's gradient: on the "device" in the compute dtype, as "int8" there, on the
             "host", or "none" (for a down-projection that is not trained).
-        head_dtype: the frozen head in the compute dtype ("bf16"), "int8" or "nf4".
-        embedding: on the "device", or on the "host", from where the rows of a batch are gathered.
+        head_dtype: the frozen head in the compute dtype ("dense"), as "int8" or "nf4".
+        embedding: on the "device", or on the "host", from where the rows of a batch are gathered; a dense head that is
+            the embedding as well is on the device.
         optimizer: "adamw" with fp32 moments, or "adamw_8bit".
     """
 
@@ -63,8 +71,8 @@ class MemoryPolicies:
     resident_layers: int = 0
     prefetch: int = 1
     taps: Literal["device", "int8", "host", "none"] = "device"
-    head_dtype: Literal["bf16", "int8", "nf4"] = "bf16"
-    embedding: Literal["device", "host"] = "device"
+    head_dtype: Literal["dense", "int8", "nf4"] = "dense"
+    embedding: Literal["device", "host"] = "host"
     optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
 
     def describe(self) -> str:
@@ -214,23 +222,25 @@ class _Parts:
         return layer_bytes(self.backbone, self.work.itemsize)
 
     def weights(self) -> dict[str, int]:
-        """The frozen weights on the device."""
-        policies, layers = self.policies, self.backbone.num_layers
-        resident, staged = layers, 0
-        if policies.residency == "host":
-            resident = min(policies.resident_layers, layers)
-            staged = min(policies.prefetch + 1, layers - resident)
-        norm = self.work.itemsize * self.backbone.hidden_size
+        """The frozen weights on the device; on a CPU all of them are."""
+        resident, streamed = self.resident_layers, self.backbone.num_layers - self.resident_layers
+        is_cpu = self.work.device_type == "cpu"
         return {
-            "backbone layers": resident * self.layer_bytes,
-            "layers in flight": staged * self.layer_bytes,
-            "head": self.head() + norm,
-            "embedding": 0 if policies.embedding == "host" else self._embedding_beside_head(),
+            "backbone layers": (resident + (streamed if is_cpu else 0)) * self.layer_bytes,
+            "layers in flight": min(self.policies.prefetch + 1, streamed) * self.layer_bytes,
+            "head": self.head() + self.work.itemsize * self.backbone.hidden_size,
+            "embedding": 0 if self.policies.embedding == "host" and not is_cpu else self.embedding(),
         }
 
-    def _embedding_beside_head(self) -> int:
-        """The embedding; nothing where it is the head."""
-        is_head = self.backbone.tie_word_embeddings and self.policies.head_dtype == "bf16"
+    @property
+    def resident_layers(self) -> int:
+        """Layers that stay on the device."""
+        layers = self.backbone.num_layers
+        return layers if self.policies.residency == "device" else min(self.policies.resident_layers, layers)
+
+    def embedding(self) -> int:
+        """The embedding, wherever it is; nothing where it is the head."""
+        is_head = self.backbone.tie_word_embeddings and self.policies.head_dtype == "dense"
         return 0 if is_head else self.table_bytes
 
     @property
@@ -239,9 +249,10 @@ class _Parts:
         return self.work.itemsize * self.backbone.vocab_size * self.backbone.hidden_size
 
     def head(self) -> int:
-        """The output matrix [V, D]."""
-        size = (self.backbone.vocab_size, self.backbone.hidden_size)
-        return {"bf16": self.table_bytes, "int8": int8_bytes(*size), "nf4": nf4_bytes(*size)}[self.policies.head_dtype]
+        """The output matrix [V, D]; int8 has a scale for each row."""
+        rows, columns = self.backbone.vocab_size, self.backbone.hidden_size
+        sizes = {"dense": self.table_bytes, "int8": rows * (columns + 4), "nf4": nf4_bytes(rows, columns)}
+        return sizes[self.policies.head_dtype]
 
     def moments(self) -> int:
         """AdamW's two moments: fp32, or bytes with a scale per 256."""
@@ -265,11 +276,18 @@ class _Parts:
         return max(linear_plan(rows, *size, NF4_BLOCK, itemsize, isa).scratch_bytes for size in sizes)
 
     def logits(self) -> int:
-        """A chunk of logits, counted in fp32 to choose its rows; without kernels 16 bits have an fp32 copy."""
-        vocabulary, itemsize = self.backbone.vocab_size, self.work.itemsize
-        rows = logit_rows(self.work.rows, vocabulary, 4, logit_chunk_bytes(self.work.device_type))
-        is_widened = itemsize == 2 and self.work.device_type == "cpu" and not native.available()
-        return rows * vocabulary * (itemsize + (4 if is_widened else 0))
+        """A chunk of logits, of whose rows fp32 decides; beside 16 bits an fp32 copy where there are no kernels, and
+        for a packed head decoded panels and fp32 sums [chunk, D]."""
+        backbone, itemsize, device_type = self.backbone, self.work.itemsize, self.work.device_type
+        vocabulary, width = backbone.vocab_size, backbone.hidden_size
+        rows = logit_rows(self.work.rows, vocabulary, 4, logit_chunk_bytes(device_type))
+        size = rows * vocabulary * (itemsize if self._has_kernels or itemsize > 2 else itemsize + 4)
+        if self.policies.head_dtype == "dense":
+            return size
+        shape = (rows, vocabulary, width, itemsize)
+        step = gpu_panel_rows(*shape, *_PLANNED_CARD) if device_type == "cuda" else panel_rows(*shape)
+        panels = min(2, -(-vocabulary // step)) if device_type == "cuda" else 1
+        return size + panels * step * width * itemsize + (4 * rows * width if itemsize == 2 else 0)
 
     def tap(self) -> int:
         """One hidden state [T, D] as it is kept for the gradient of its down-projection."""
@@ -373,12 +391,12 @@ class _Parts:
         return max(2 * math.prod(tensor.shape) for tensor in layer_tensors(self.backbone) if tensor.linear)
 
     def host(self) -> Bytes:
-        """What policies put into host memory, and the buffer that tensors are read through while loading."""
-        policies, layers = self.policies, self.backbone.num_layers
-        streamed = max(layers - policies.resident_layers, 0) if policies.residency == "host" else 0
+        """What policies put into the memory of a GPU's host, and the buffer that tensors are read through."""
+        if self.work.device_type == "cpu":
+            return dict.fromkeys(("streamed layers", "embedding", "taps", "largest tensor, while loading"), 0)
         return {
-            "streamed layers": streamed * self.layer_bytes,
-            "embedding": self.table_bytes if policies.embedding == "host" else 0,
-            "taps": self.num_taps * self.hidden() if policies.taps == "host" else 0,
+            "streamed layers": (self.backbone.num_layers - self.resident_layers) * self.layer_bytes,
+            "embedding": self.embedding() if self.policies.embedding == "host" else 0,
+            "taps": self.num_taps * self.hidden() if self.policies.taps == "host" else 0,
             "largest tensor, while loading": self.table_bytes,
         }

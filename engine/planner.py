@@ -82,7 +82,7 @@ class Planner:
 
     def _candidates(self, work: Workload, budget: int) -> Iterator[MemoryPlan]:
         """Every combination; of those that stream, the one that keeps as many layers as the budget allows."""
-        words = itertools.product(("device", "int8", "host"), ("bf16", "int8", "nf4"), ("adamw", "adamw_8bit"))
+        words = itertools.product(("device", "int8", "host"), ("dense", "int8", "nf4"), ("adamw", "adamw_8bit"))
         for taps, head_dtype, optimizer in words:
             base = MemoryPolicies(taps=taps, head_dtype=head_dtype, embedding="host", optimizer=optimizer)
             yield self.plan(work, base)
@@ -118,7 +118,7 @@ class Planner:
             choices.append(("taps as int8", work, replace(policies, taps="int8")))
         if is_card and policies.residency == "device":
             choices.append(("stream the layers from the host", work, replace(policies, residency="host")))
-        if policies.head_dtype == "bf16":
+        if policies.head_dtype == "dense":
             choices.append(("head as int8", work, replace(policies, head_dtype="int8")))
         if work.tokens > 1:
             choices.append(("half the tokens", replace(work, tokens=work.tokens // 2), policies))

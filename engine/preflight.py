@@ -7,8 +7,10 @@ from pathlib import Path
 
 import torch
 
+from engine.backbone import Backbone
 from engine.backbone.families import BackboneConfig, backbone_config, parse_config
 from engine.backbone.files import CONFIG, locate, read_json
+from engine.backbone.layout import packed_nbytes
 from engine.backbone.shards import CheckpointError
 from engine.memory import GB, MemoryPolicies, Workload
 from engine.planner import Planner
@@ -34,6 +36,16 @@ def read_shape(source: str | Path) -> BackboneConfig:
         raise
     except ValueError as error:
         raise CheckpointError(f"{folder / name}: {error}") from error
+
+
+def policies_of(backbone: Backbone) -> MemoryPolicies:
+    """The policies that a backbone was loaded with."""
+    streamed = round(backbone.layers.host_nbytes / packed_nbytes(backbone.blocks[0]))
+    return MemoryPolicies(
+        residency="host" if streamed else "device",
+        resident_layers=len(backbone.blocks) - streamed,
+        head_dtype=backbone.head_dtype,  # type: ignore[arg-type]
+    )
 
 
 def free_bytes(device: torch.device | str) -> int | None:

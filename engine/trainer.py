@@ -22,10 +22,10 @@ from engine.collator import Collator
 from engine.config import LadderConfig
 from engine.data import prepare_dataset
 from engine.layer_major import LayerMajor
-from engine.memory import GB, MemoryPolicies, Workload
+from engine.memory import GB, Workload
 from engine.model import LadderForCausalLM
 from engine.planner import Planner
-from engine.preflight import check_free, free_bytes
+from engine.preflight import check_free, free_bytes, policies_of
 from engine.step_graph import CudaGraphs, StepGraphs, check_arguments
 from engine.summary import PeakMemory, StepClock
 
@@ -182,7 +182,7 @@ class LadderMixin:
         """Print what training will hold beyond what is loaded; raise where that is not free."""
         args, model = self.args, self.accelerator.unwrap_model(self.model)
         backbone = model.backbone
-        planner, policies = Planner(backbone.config, model.ladder_config), MemoryPolicies()
+        planner, policies = Planner(backbone.config, model.ladder_config), policies_of(backbone)
         work = Workload(
             getattr(args, "max_length", None) or DEFAULT_MAX_LENGTH,
             args.per_device_train_batch_size,

@@ -57,7 +57,9 @@ def test_the_shipped_table_is_complete_and_planned() -> None:
         if case.method in RIVALS:
             continue
         config = LadderConfig.preset(case.method, reduction_factor=case.reduction_factor)
-        plan = plan_memory(backbone_config(model_shape(case.model).config()), config, Workload(case.tokens))
+        plan = plan_memory(
+            backbone_config(model_shape(case.model).config()), config, Workload(case.tokens), case.policies
+        )
         assert plan.peak_bytes == pytest.approx(by_case[*key, PEAK], rel=0.05), case.name
         for phase in plan.phases.keys() - {"load"}:
             assert plan.phase_bytes(phase) == pytest.approx(by_case[*key, phase], rel=0.05), (case.name, phase)

@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensorMode
 from benchmarks.shapes import ModelShape
 from benchmarks.tracked_qlora import QLoRA, track_qlora
 from benchmarks.tracked_step import track_ladder
-from benchmarks.tracker import ACTIVATIONS, StorageTracker, gpu_code
+from benchmarks.tracker import ACTIVATIONS, HOST, StorageTracker, gpu_code
 from engine.config import LadderConfig
 from ladder_kernels import dispatch, nf4_linear
 
@@ -55,16 +55,15 @@ def test_a_phase_starts_with_what_is_held() -> None:
 def test_host_memory_has_its_own_account() -> None:
     tracker = StorageTracker()
     with FakeTensorMode(), tracker, tracker.phase("work"):
-        table, rows = torch.empty(1000), torch.empty(10)
-        tracker.to_host(table)
-        tracker.to_host(table)
-        more = torch.empty(10)
-        assert tracker.live_host == 4000 and sum(tracker.live.values()) == 80
+        with tracker.making(HOST):
+            table = torch.empty(1000)
+        rows = torch.empty(10)
+        assert tracker.live_host == 4000 and sum(tracker.live.values()) == 40
         del table
         assert tracker.live_host == 0
-        del rows, more
+        del rows
     assert tracker.peak.host_bytes == 4000
-    assert tracker.peak.device_bytes == 4040
+    assert tracker.peak.device_bytes == 40
 
 
 def test_the_path_of_a_gpu_is_left_again() -> None:
