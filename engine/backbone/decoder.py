@@ -30,10 +30,10 @@ from ladder_kernels import (
     NF4Weight,
     Workspace,
     embedding_rows,
+    frozen_rms_norm,
     head_logits,
     nf4_linear,
     nf4_swiglu,
-    reference,
     rms_norm,
     rotary,
     swiglu_,
@@ -287,7 +287,7 @@ class Backbone:
 
     def final_norm(self, y: Tensor) -> Tensor:
         """The frozen final RMSNorm of y [R, D]; differentiable in y, with the same bits where no gradient is wanted."""
-        return reference.rms_norm(y, self.norm_weight, self.config.rms_norm_eps)
+        return frozen_rms_norm(y, self.norm_weight, self.config.rms_norm_eps)
 
     def logits(self, normed: Tensor) -> Tensor:
         """[..., V] of normed hidden states [..., D]."""
