@@ -23,6 +23,7 @@ from engine.model import LadderModel
 from engine.rows import Rows
 from engine.sequence import SequenceLayout
 from engine.side_network import SideNetwork
+from engine.tap_store import _HostCopy
 from ladder_kernels import NF4Weight
 from ladder_kernels.head import HeadWeight
 from ladder_kernels.int8 import Int8Weight
@@ -34,26 +35,31 @@ def track_ladder(
     tokens: int,
     batch: int = 1,
     policies: MemoryPolicies | None = None,
+    group: int = 1,
 ) -> StorageTracker:
     """A tracked optimizer step whose every token is supervised, moments and scratch being there from a step before.
 
     Args:
         hf_config: the backbone's.
         tokens: of each of the `batch` documents.
-        policies: None for the defaults. Taps and optimizer are those of the default yet.
+        policies: None for the defaults; the optimizer is the default one.
+        group: micro-batches of `batch` documents that pass the backbone together.
     """
+    policies = policies or MemoryPolicies()
     tracker, fake = StorageTracker(), FakeTensorMode(allow_non_fake_inputs=True)
     shape = backbone_config(hf_config)
     with tracked(tracker, fake):
-        tensors = empty_tensors(shape, policies or MemoryPolicies(), tracker)
+        tensors = empty_tensors(shape, policies, tracker)
     backbone = Backbone(shape, hf_config, *tensors)  # reads its rotary frequencies, which have to be real
     with tracked(tracker, fake):
         with tracker.making("side parameters"), patch.object(SideNetwork, "to", lambda module, device: module):
             model = LadderModel(backbone, config)
+        model.side_network.tap_policy = policies.taps
         _observe(model, tracker)
         rows = Rows(torch.empty(batch * tokens, dtype=torch.int64), _layout(tokens, batch), (batch, tokens))
         optimizer = optimizer_with_moments(model, tracker)
-        _step(model, rows, optimizer, tracker)
+        with patch.object(_HostCopy, "__init__", tracker.makes(HOST, _HostCopy.__init__)):
+            _step(model, [rows] * group, optimizer, tracker)
     return tracker
 
 
@@ -157,9 +163,9 @@ def _observe(model: LadderModel, tracker: StorageTracker) -> None:
         workspace.take = tracker.makes("scratch", workspace.take)  # type: ignore[method-assign]
 
 
-def _step(model: LadderModel, rows: Rows, optimizer: torch.optim.Optimizer, tracker: StorageTracker) -> None:
+def _step(model: LadderModel, group: list[Rows], optimizer: torch.optim.Optimizer, tracker: StorageTracker) -> None:
     """What `LadderForCausalLM.forward` and a trainer do."""
-    count, width = len(rows.input_ids), model.backbone.config.hidden_size
+    count, width = len(group[0].input_ids), model.backbone.config.hidden_size
     targets, chosen = torch.empty(count, dtype=torch.int64), torch.empty(count, dtype=torch.int64)
     model.loss(torch.empty(count, width, dtype=torch.bfloat16), targets)  # its scratch, as the last step left it
 
@@ -169,14 +175,14 @@ def _step(model: LadderModel, rows: Rows, optimizer: torch.optim.Optimizer, trac
         return tensor
 
     with tracker.phase("side forward"), torch.autograd.graph.saved_tensors_hooks(kept, lambda tensor: tensor):
-        hidden, state = model.run(rows)
-    with tracker.phase("loss"):
-        combined = model.combined(hidden, state, chosen)
-        del hidden, state
-        loss = model.loss(combined, targets) / count
-        del combined
-    with tracker.phase("backward"):
-        loss.backward()
+        passed = model.run_together(group)
+    while passed:
+        with tracker.phase("loss"):
+            combined = model.combined(*passed.pop(0), chosen)
+            loss = model.loss(combined, targets) / count
+            del combined
+        with tracker.phase("backward"):
+            loss.backward()
     with tracker.phase("optimizer"):
         optimizer.step()
         optimizer.zero_grad()

@@ -91,9 +91,10 @@ class Workload:
     Attributes:
         tokens: of one document.
         batch: documents in one pass.
-        accumulation: passes per optimizer step; beyond one, gradients are there during the passes too.
+        accumulation: micro-batches per optimizer step; beyond one, gradients are there during their passes too.
         device_type: "cuda" or "cpu".
         itemsize: bytes of the compute dtype.
+        group: micro-batches that pass the backbone together, see `engine.layer_major`.
     """
 
     tokens: int
@@ -101,16 +102,22 @@ class Workload:
     accumulation: int = 1
     device_type: str = "cuda"
     itemsize: int = 2
+    group: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("tokens", "batch", "accumulation"):
+        for name in ("tokens", "batch", "accumulation", "group"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
     @property
     def rows(self) -> int:
-        """Rows T of a pass, all of them supervised: the most there can be."""
+        """Rows T of a micro-batch, all of them supervised: the most there can be."""
         return self.tokens * self.batch
+
+    @property
+    def pass_rows(self) -> int:
+        """Rows of a pass of the backbone."""
+        return self.rows * self.group
 
 
 @dataclass(frozen=True)
@@ -266,7 +273,7 @@ class _Parts:
 
     def panels(self) -> int:
         """Scratch of the largest `nf4_linear`."""
-        itemsize, rows = self.work.itemsize, self.work.rows
+        itemsize, rows = self.work.itemsize, self.work.pass_rows
         sizes = {tensor.shape for tensor in layer_tensors(self.backbone) if tensor.linear}
         if self.work.device_type == "cuda":
             return max(
@@ -291,7 +298,7 @@ class _Parts:
 
     def tap(self) -> int:
         """One hidden state [T, D] as it is kept for the gradient of its down-projection."""
-        rows, width = self.work.rows, self.backbone.hidden_size
+        rows, width = self.work.pass_rows, self.backbone.hidden_size
         if self.config.tap_down in ("avg_pool", "max_pool"):
             return 0
         kinds = {"device": self.hidden(), "int8": int8_bytes(rows, width), "host": 0, "none": 0}
@@ -299,12 +306,12 @@ class _Parts:
 
     def taps(self, count: int) -> int:
         """So many kept hidden states on the device; those on the host pass through two buffers."""
-        in_flight = 2 * self.hidden() if self.policies.taps == "host" and count else 0
+        in_flight = 2 * self.hidden() // self.work.group if self.policies.taps == "host" and count else 0
         return count * self.tap() + in_flight
 
     def hidden(self) -> int:
-        """One [T, D]."""
-        return self.work.itemsize * self.work.rows * self.backbone.hidden_size
+        """One [T, D] of a pass."""
+        return self.work.itemsize * self.work.pass_rows * self.backbone.hidden_size
 
     def last_hidden(self) -> int:
         """h_L, which the output needs, where it is not kept as a tap."""
@@ -313,7 +320,7 @@ class _Parts:
 
     def states(self) -> int:
         """Side states [T, S] and the rotary table: a side layer keeps its input, a gated merge what it merged with."""
-        network, rows, itemsize = self._side_network, self.work.rows, self.work.itemsize
+        network, rows, itemsize = self._side_network, self.work.pass_rows, self.work.itemsize
         gates = sum(tap.gate_logit is not None for tap in network.taps)
         numbers = (network.num_side_layers + gates + 1) * self.dims.side_dim + 2 * self.dims.head_dim
         if self.config.tap_down in ("low_rank", "adapter"):
@@ -323,7 +330,7 @@ class _Parts:
 
     def block(self) -> int:
         """Activations of one backbone block at its worst moment, its stages in slices where they are long."""
-        backbone, rows, itemsize = self.backbone, self.work.rows, self.work.itemsize
+        backbone, rows, itemsize = self.backbone, self.work.pass_rows, self.work.itemsize
         width, inner = backbone.hidden_size, backbone.intermediate_size
         queries, keys = backbone.num_heads * backbone.head_dim, backbone.num_kv_heads * backbone.head_dim
         heads = queries + 2 * keys
@@ -382,7 +389,8 @@ class _Parts:
     def backward(self, at_end: Bytes, kept: Bytes, loss_backward: int) -> Bytes:
         """The worse of its two ends: nothing is freed yet, or every gradient is there."""
         layers = self._side_network.num_side_layers
-        first = kept | {"activations": loss_backward}
+        # Of a group, the last micro-batches are kept in full while the first ones are done.
+        first = kept | {"activations": max(loss_backward, self.side_backward() if self.work.group > 1 else 0)}
         last = {"taps": self.taps(1), "side states": self.states() // layers, "activations": self.side_backward()}
         return max(first, dict(at_end) | last, key=lambda parts: sum(parts.values()))
 

@@ -37,22 +37,33 @@ STREAMED = MemoryPolicies("host", head_dtype="nf4")
 
 
 @pytest.mark.parametrize(
-    ("shape", "preset", "tokens", "batch", "policies"),
+    ("shape", "preset", "tokens", "batch", "group", "policies"),
     [
-        (QWEN, "ladder", 2048, 1, MemoryPolicies()),
-        (QWEN, "xladder", 1100, 2, STREAMED),
-        (LLAMA, "qst", 640, 1, MemoryPolicies(head_dtype="int8")),
-        (LLAMA, "lst", 333, 3, dataclasses.replace(STREAMED, resident_layers=1, prefetch=2)),
-        (dataclasses.replace(LLAMA, hidden_size=256, num_heads=4, num_kv_heads=1), "ladder", 8192, 1, MemoryPolicies()),
+        (QWEN, "ladder", 2048, 1, 1, MemoryPolicies()),
+        (QWEN, "xladder", 1100, 2, 3, STREAMED),
+        (LLAMA, "qst", 640, 1, 1, MemoryPolicies(taps="int8", head_dtype="int8")),
+        (QWEN, "ladder", 1500, 1, 2, MemoryPolicies(taps="host")),
+        (QWEN, "ladder", 1024, 1, 4, MemoryPolicies(taps="int8")),
+        (LLAMA, "ladder", 1024, 1, 1, MemoryPolicies(taps="none")),
+        (LLAMA, "lst", 333, 3, 2, dataclasses.replace(STREAMED, resident_layers=1, prefetch=2)),
+        (
+            dataclasses.replace(LLAMA, hidden_size=256, num_heads=4, num_kv_heads=1),
+            "ladder",
+            8192,
+            1,
+            1,
+            MemoryPolicies(),
+        ),
     ],
 )
 def test_the_plan_is_what_the_tracker_counts(
-    shape: ModelShape, preset: str, tokens: int, batch: int, policies: MemoryPolicies
+    shape: ModelShape, preset: str, tokens: int, batch: int, group: int, policies: MemoryPolicies
 ) -> None:
     """Within 5 % at the peak and in every phase of a step; loading is planned for a checkpoint that is quantized."""
     config = LadderConfig.preset(preset, reduction_factor=4)
-    tracker = track_ladder(shape.config(), config, tokens, batch, policies)
-    plan = plan_memory(backbone_config(shape.config()), config, Workload(tokens, batch), policies)
+    tracker = track_ladder(shape.config(), config, tokens, batch, policies, group)
+    work = Workload(tokens, batch, accumulation=group, group=group)
+    plan = plan_memory(backbone_config(shape.config()), config, work, policies)
     assert plan.peak_bytes == pytest.approx(tracker.peak.device_bytes, rel=0.05)
     for phase in ("backbone pass", "side forward", "loss", "backward", "optimizer"):
         assert plan.phase_bytes(phase) == pytest.approx(tracker.peaks[phase].device_bytes, rel=0.05), phase
