@@ -29,7 +29,7 @@ from engine.sizes import (
     nf4_bytes,
     side_parameters,
 )
-from ladder_kernels import native
+from ladder_kernels import frozen_norm, native
 from ladder_kernels.launch import (
     gpu_linear_plan,
     gpu_panel_rows,
@@ -194,13 +194,15 @@ class _Parts:
         # A group that is a whole step starts without gradients; its second loss finds those of the first.
         during = held | (gradients if work.accumulation > work.group else {})
         taps, states = self.taps(self.num_taps), self.states()
-        last = self.taps(self.num_taps - 1)  # while the last block computes, its own output is not kept yet
+        # While the last block computes, its own output is not kept yet, nor is anything of the layers above.
+        last = self.taps(self.num_taps - 1)
+        below = states * (len(self._side_network.taps) - 1) // self._side_network.num_side_layers
         loss, loss_backward = self.loss()
         kept = during | {"taps": taps, "side states": states}
         losses = kept | (gradients if work.accumulation > 1 else {})
         phases = {
             "load": weights | {"activations": self.loading()},
-            "backbone pass": during | {"taps": last, "side states": states, "activations": self.block()},
+            "backbone pass": during | {"taps": last, "side states": below, "activations": self.block()},
             "side forward": kept | {"activations": self.last_hidden() + self.side_forward()},
             "loss": losses | {"activations": self.last_hidden() + loss},
             "backward": self.backward(held | gradients, losses, loss_backward),
@@ -385,16 +387,19 @@ class _Parts:
         return itemsize * (self._layer_parameters + self.work.rows * numbers)
 
     def loss(self) -> tuple[int, int]:
-        """Per supervised row of width D: the final norm forward, and the loss and that norm backward.
+        """Of the supervised rows of width D: the final norm forward, and the loss and that norm backward.
 
-        In 16 bits the norm computes in fp32, in pieces that autograd sees: forward holds h_L and y, the wide row, its
-        quotient and both roundings; backward six wide rows. In fp32 it is one op.
+        Forward holds h_L, y and the normed rows, backward y and three gradients. The norm computes 16 bits in fp32, in
+        slices: forward two wide rows, backward six and a rounding.
         """
-        forward, backward = (14, 24) if self.work.itemsize == 2 else (12, 16)
-        if self.config.output == "mix":
-            forward, backward = forward + self.work.itemsize, backward + self.work.itemsize
-        numbers = self.work.rows * self.backbone.hidden_size
-        return forward * numbers, backward * numbers
+        rows, width = self.work.rows, self.backbone.hidden_size
+        numbers, itemsize = rows * width, self.work.itemsize
+        sliced = width * min(rows, frozen_norm.slice_rows(width))
+        forward, backward = 3 * itemsize * numbers, (4 if itemsize == 4 else 3) * itemsize * numbers
+        if itemsize == 2:
+            forward, backward = forward + 8 * sliced, backward + 26 * sliced
+        mixed = itemsize * numbers if self.config.output == "mix" else 0
+        return forward + mixed, backward + mixed
 
     def backward(self, at_end: Bytes, kept: Bytes, loss_backward: int) -> Bytes:
         """The worse of its two ends: nothing is freed yet, or every gradient is there."""

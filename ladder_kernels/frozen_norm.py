@@ -68,6 +68,11 @@ def _in_slices(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return out
 
 
+def slice_rows(width: int) -> int:
+    """Rows of `width` columns that are computed at a time."""
+    return max(1, _SLICE_BYTES // (4 * max(1, width)))
+
+
 def _slices(x: Tensor) -> list[slice]:
-    step = max(1, _SLICE_BYTES // (4 * max(1, x.shape[-1])))
+    step = slice_rows(x.shape[-1])
     return [slice(begin, begin + step) for begin in range(0, max(1, x.shape[0]), step)]
