@@ -24,7 +24,7 @@ from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, is_in_torch_dispatch_mode
 from torch.utils._pytree import tree_leaves
 
-from ladder_kernels import checks, dispatch, launch
+from ladder_kernels import checks, dispatch, launch, panels
 
 ACTIVATIONS = "activations"
 HOST = ""  # the part that is not on the device
@@ -155,8 +155,8 @@ def tracked(tracker: StorageTracker, fake: FakeTensorMode) -> Iterator[None]:
 def gpu_code(sm_count: int = SM_COUNT) -> Iterator[None]:
     """CPU tensors are taken for those of a card of the architecture 86 with so many multiprocessors.
 
-    Dispatch says "Triton, eagerly", launches do nothing, and scratch is kept as it is outside of fake tensors. One thing
-    is not as on a GPU: a packed head is decoded into one panel instead of two.
+    Dispatch says "Triton, eagerly", launches do nothing, and scratch is kept as it is outside of fake tensors. A packed
+    head is decoded into one panel, where a GPU has two.
     """
     from ladder_kernels.gpu import elementwise, nf4_linear, side_layer, tap  # noqa: F401, imported to be replaced
 
@@ -170,6 +170,7 @@ def gpu_code(sm_count: int = SM_COUNT) -> Iterator[None]:
         checks.check_targets: lambda *_: None,
         launch.logit_chunk_bytes: lambda device: chunk_bytes,
         nf4_linear.card: lambda device: card,
+        panels.panel_linear_dx: lambda *_: None,  # widens its factors on a CPU, and nothing on a GPU
     }
     with ExitStack() as stack:
         stack.enter_context(patch.object(type(elementwise._rms_norm_fwd_kernel), "__getitem__", _launches_nothing))
