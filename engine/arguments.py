@@ -6,13 +6,18 @@ from dataclasses import dataclass, field
 
 from transformers import TrainingArguments
 
+from engine.memory import Workload
+from engine.planner import parse_bytes
+from engine.tap_store import check_tap_policy
+
 DEFAULT_MAX_LENGTH = 1024
 DEFAULT_LEARNING_RATE = 3e-3
 
 
 @dataclass
 class LadderArguments(TrainingArguments):
-    """`transformers.TrainingArguments` with other defaults, `max_length`, `cuda_graph` and `ignore_memory_plan`.
+    """`transformers.TrainingArguments` with other defaults, `max_length`, `cuda_graph`, and how to use
+    memory: `taps`, `memory_budget` and `ignore_memory_plan`.
 
     The learning rate is about ten times what low-rank adapters take (LST trains side networks with 3e-3), reached after
     a warm-up of 3 % of the steps and followed by a cosine. Evaluation never builds logits.
@@ -39,11 +44,35 @@ class LadderArguments(TrainingArguments):
             "the memory of a pass for themselves."
         },
     )
+    taps: str = field(
+        default="auto",
+        metadata={
+            "help": "Where hidden states wait for backward: device, int8, host, or none, which does not train the "
+            "down-projections. auto: on the device, as int8, on the host, whatever fits first."
+        },
+    )
+    memory_budget: str | None = field(
+        default=None,
+        metadata={
+            "help": "Device memory to train in, as a card is sold, such as 12GB: a backbone that the trainer loads is "
+            "streamed as far as that needs. Default: what is free."
+        },
+    )
     ignore_memory_plan: bool = field(default=False, metadata={"help": "Start even where the plan exceeds free memory."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.max_length < 2:
             raise ValueError(f"max_length is {self.max_length}; expected at least 2 tokens")
+        if self.taps != "auto":
+            check_tap_policy(self.taps)
+        if self.memory_budget is not None:
+            parse_bytes(self.memory_budget)
         if self.cuda_graph:
             self.logging_nan_inf_filter = False
+
+
+def workload(args: TrainingArguments, device_type: str, itemsize: int) -> Workload:
+    """What a step of these arguments trains on, every sample as long as it may be."""
+    tokens = getattr(args, "max_length", None) or DEFAULT_MAX_LENGTH
+    return Workload(tokens, args.per_device_train_batch_size, args.gradient_accumulation_steps, device_type, itemsize)

@@ -58,6 +58,7 @@ def train(
     reduction_factor: Annotated[int | None, typer.Option(help="Backbone width over side width.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML or JSON file with these names; options win.")] = None,
     overwrite: Annotated[bool | None, typer.Option("--overwrite", help="Replace a finished run in --output.")] = None,
+    budget: Annotated[str | None, typer.Option(help="Memory to train in, as a card is sold: 12GB.")] = None,
     ignore_memory_plan: Annotated[
         bool | None, typer.Option("--ignore-memory-plan", help="Start even where the plan exceeds free memory.")
     ] = None,

@@ -5,23 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from engine.arguments import LadderArguments
+from engine.arguments import LadderArguments, workload
 from engine.backbone.families import expected_tensors
 from engine.checkpoint import CONFIG_NAME, check_no_foreign_model
 from engine.collator import IGNORE_INDEX
 from engine.config import LadderConfig
 from engine.data import TokenizedDataset, prefix_ids, prepare_dataset, show_sample
 from engine.dtypes import compute_dtype
-from engine.memory import MemoryPolicies, Workload
+from engine.memory import MemoryPolicies
 from engine.model import LadderForCausalLM
 from engine.options import TrainOptions
 from engine.planner import Planner, plan_summary
-from engine.preflight import check_free, free_bytes, read_shape
+from engine.preflight import check_free, free_bytes, place_backbone, read_shape
 from engine.quickstart import defaults
 from engine.records import DataError, Records, read_records
 from engine.summary import SUMMARY_FILE, PeakMemory, Summary
@@ -59,9 +60,10 @@ def finetune(options: TrainOptions, echo: Echo) -> Summary:
     config = LadderConfig.preset(options.preset, reduction_factor=options.reduction_factor, seed=options.seed)
     records = _records(options)
     source = options.model or defaults.backbone_path()
-    _plan(options, source, config, device, echo)
+    arguments = _arguments(options, device)
+    placement = _plan(arguments, source, config, device, echo)
     memory = PeakMemory(device)
-    model = LadderForCausalLM.from_backbone(source, config, device=device)
+    model = LadderForCausalLM.from_backbone(source, config, device=device, **placement)
     tokenizer = model.backbone.tokenizer()
     data = _tokenized(options, records, tokenizer, model)
     echo(_describe(options, model, data, device))
@@ -72,7 +74,7 @@ def finetune(options: TrainOptions, echo: Echo) -> Summary:
 
     trainer = LadderTrainer(
         model,
-        _arguments(options, device),
+        arguments,
         train_dataset=data.train,
         eval_dataset=data.heldout,
         processing_class=tokenizer,
@@ -100,20 +102,24 @@ def finetune(options: TrainOptions, echo: Echo) -> Summary:
     return summary
 
 
-def _plan(options: TrainOptions, source: str, config: LadderConfig, device: str, echo: Echo) -> None:
-    """Print the memory that the run will take; raise where that is not free."""
+def _plan(arguments: LadderArguments, source: str, config: LadderConfig, device: str, echo: Echo) -> dict[str, Any]:
+    """Print the memory that the run will take; raise where that is not free.
+
+    Returns:
+        options of `load_backbone`.
+    """
     planner, policies = Planner(read_shape(source), config), MemoryPolicies()
-    work = Workload(
-        options.max_length,
-        options.batch_size,
-        options.gradient_accumulation_steps,
-        device,
-        compute_dtype(device).itemsize,
-    )
+    work = workload(arguments, device, compute_dtype(device).itemsize)
+    placement: dict[str, Any] = {}
+    free = free_bytes(device)
+    if arguments.memory_budget is not None:
+        plan, placement = place_backbone(planner, work, arguments.memory_budget)
+        policies = plan.policies
     plan = planner.plan(work, policies)
     echo("\n".join(plan_summary(plan)))
-    if not options.ignore_memory_plan:
-        check_free(planner, work, policies, plan.peak_bytes, free_bytes(device))
+    if not arguments.ignore_memory_plan:
+        check_free(planner, work, plan.policies, plan.peak_bytes, free)
+    return placement
 
 
 def check_output(output: Path, overwrite: bool) -> None:
@@ -174,6 +180,7 @@ def _arguments(options: TrainOptions, device: str) -> LadderArguments:
         per_device_eval_batch_size=options.batch_size,
         gradient_accumulation_steps=options.gradient_accumulation_steps,
         max_length=options.max_length,
+        memory_budget=options.budget,
         ignore_memory_plan=options.ignore_memory_plan,
         seed=options.seed,
         logging_steps=max(steps // 10, 1) if options.steps else 10,

@@ -27,6 +27,7 @@ class TrainOptions:
         gradient_accumulation_steps: passes per optimizer step.
         reduction_factor: backbone width over side width.
         overwrite: replace a finished run in `output`.
+        budget: device memory to train in, as a card is sold, such as 12GB; None: what is free.
         ignore_memory_plan: start even where the plan exceeds free memory.
     """
 
@@ -43,6 +44,7 @@ class TrainOptions:
     gradient_accumulation_steps: int = 4
     reduction_factor: int = 16
     overwrite: bool = False
+    budget: str | None = None
     ignore_memory_plan: bool = False
 
     def __post_init__(self) -> None:

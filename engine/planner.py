@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from engine.backbone.families import BackboneConfig
 from engine.cards import CARDS, Card, break_even_tokens, step_work
@@ -43,6 +44,14 @@ def usable_bytes(card_bytes: int) -> int:
     return int(card_bytes * CARD_SHARE)
 
 
+Choices = Mapping[str, Sequence[Any]]
+EVERY_CHOICE: Choices = {
+    "taps": ("device", "int8", "host"),
+    "head_dtype": ("dense", "int8", "nf4"),
+    "optimizer": ("adamw", "adamw_8bit"),
+}
+
+
 @dataclass(frozen=True)
 class Planner:
     """Plans for one backbone and side network.
@@ -65,26 +74,31 @@ class Planner:
         """The bound on a step's time on the card, to two digits: a smaller gain is no reason for a worse policy."""
         return float(f"{step_work(self.backbone, self.config, work, plan).seconds(self.card):.2g}")
 
-    def choose(self, work: Workload, budget: int) -> MemoryPlan | None:
+    def choose(self, work: Workload, budget: int, choices: Choices = EVERY_CHOICE) -> MemoryPlan | None:
         """The plan of `auto`: of those that fit the fastest, then the most exact, then the one with the least on the
-        bus; None where nothing fits."""
-        fitting = [plan for plan in self._candidates(work, budget) if plan.peak_bytes <= budget]
+        bus; None where nothing fits.
+
+        Args:
+            work: what is trained.
+            budget: bytes.
+            choices: the words to choose from.
+        """
+        fitting = [plan for plan in self._candidates(work, budget, choices) if plan.peak_bytes <= budget]
         return min(fitting, key=lambda plan: self._cost(work, plan), default=None)
 
-    def leanest(self, work: Workload) -> MemoryPlan:
+    def leanest(self, work: Workload, choices: Choices = EVERY_CHOICE) -> MemoryPlan:
         """The plan that needs least, whatever it costs."""
-        return min(self._candidates(work, 0), key=lambda plan: plan.peak_bytes)
+        return min(self._candidates(work, 0, choices), key=lambda plan: plan.peak_bytes)
 
     def _cost(self, work: Workload, plan: MemoryPlan) -> tuple[float, int, int, int]:
         inexactness = sum(cost for (field, word), cost in _INEXACTNESS.items() if getattr(plan.policies, field) == word)
         streamed = plan.host["streamed layers"] + plan.host["taps"]
         return self.seconds(work, plan), inexactness, streamed, plan.peak_bytes
 
-    def _candidates(self, work: Workload, budget: int) -> Iterator[MemoryPlan]:
+    def _candidates(self, work: Workload, budget: int, choices: Choices) -> Iterator[MemoryPlan]:
         """Every combination; of those that stream, the one that keeps as many layers as the budget allows."""
-        words = itertools.product(("device", "int8", "host"), ("dense", "int8", "nf4"), ("adamw", "adamw_8bit"))
-        for taps, head_dtype, optimizer in words:
-            base = MemoryPolicies(taps=taps, head_dtype=head_dtype, embedding="host", optimizer=optimizer)
+        for words in itertools.product(*choices.values()):
+            base = MemoryPolicies(**dict(zip(choices, words, strict=True)))
             yield self.plan(work, base)
             streaming = replace(base, residency="host")
             layers = largest(
@@ -103,6 +117,14 @@ class Planner:
         """Tokens of a single document that fit; 0 if not even one."""
         one = replace(work, batch=1)
         return largest(lambda n: self.plan(replace(one, tokens=n), policies).peak_bytes <= budget, _LARGEST)
+
+    def largest_group(self, work: Workload, policies: MemoryPolicies, budget: int) -> int:
+        """Micro-batches of a step that may pass the backbone together; at least 1."""
+
+        def fits(count: int) -> bool:
+            return self.plan(replace(work, group=count), policies).peak_bytes <= budget
+
+        return max(1, largest(fits, work.accumulation))
 
     def remedies(self, work: Workload, policies: MemoryPolicies, budget: int) -> list[str]:
         """Up to three changes, the least costly first, each with the peak that it leads to; all of them fit if any

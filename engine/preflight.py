@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -12,9 +14,10 @@ from engine.backbone.families import BackboneConfig, backbone_config, parse_conf
 from engine.backbone.files import CONFIG, locate, read_json
 from engine.backbone.layout import packed_nbytes
 from engine.backbone.shards import CheckpointError
-from engine.memory import GB, MemoryPolicies, Workload
-from engine.planner import Planner
+from engine.memory import GB, MemoryPlan, MemoryPolicies, Workload
+from engine.planner import Planner, parse_bytes, usable_bytes
 
+TAPS = ("device", "int8", "host")  # from the fastest to the leanest; "none" trains less and is never chosen
 _MEMINFO = Path("/proc/meminfo")
 
 
@@ -63,6 +66,63 @@ def free_bytes(device: torch.device | str) -> int | None:
     if "SC_AVPHYS_PAGES" in os.sysconf_names:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return None
+
+
+def place_backbone(
+    planner: Planner, work: Workload, budget: str, taps: str = "auto"
+) -> tuple[MemoryPlan, dict[str, Any]]:
+    """The plan with which training fits a device of so much memory, and the options of `load_backbone` for it.
+
+    Head and optimizer change what is learned and stay as they are: dense, AdamW.
+
+    Args:
+        planner: of the backbone and side network.
+        work: what will be trained.
+        budget: as a card is sold, "12GB".
+        taps: "auto" or a policy.
+
+    Raises:
+        MemoryPlanError: nothing fits; the message says what would.
+    """
+    usable = usable_bytes(parse_bytes(budget))
+    choices = {"taps": TAPS if taps == "auto" else (taps,)}
+    plan = planner.choose(work, usable, choices)
+    if plan is None:
+        leanest = planner.leanest(work, choices)
+        remedies = planner.remedies(work, leanest.policies, usable)
+        raise MemoryPlanError(
+            f"memory_budget {budget}: of it {usable / GB:.2f} GB can be used, and {leanest.policies.describe()} still "
+            f"needs {leanest.peak_bytes / GB:.2f} GB at batch {work.batch} of {work.tokens} tokens. It would be with\n"
+            + "".join(f"  {remedy}\n" for remedy in remedies)
+        )
+    if plan.policies.residency == "device":
+        return plan, {}
+    layers = plan.phases["load"]
+    return plan, {"residency": "auto", "memory_budget": layers["backbone layers"] + layers["layers in flight"]}
+
+
+def fit_training(
+    planner: Planner, work: Workload, loaded: MemoryPolicies, taps: str, free: int | None
+) -> tuple[MemoryPlan, int]:
+    """What is left to choose beside a loaded backbone: where taps are kept, and how many micro-batches go together.
+
+    Args:
+        planner: of the backbone and side network.
+        work: what will be trained, one micro-batch in a pass.
+        loaded: the policies that are settled.
+        taps: "auto" or a policy. "auto" takes the first of `TAPS` that fits, or the last.
+        free: bytes beside what is loaded; None where that is not known.
+
+    Returns:
+        the plan, and the micro-batches of a group.
+    """
+    for policy in TAPS if taps == "auto" else (taps,):
+        plan = planner.plan(work, replace(loaded, taps=policy))
+        if free is None or plan.peak_bytes - plan.loaded_bytes <= free:
+            break
+    if free is None:
+        return plan, 1
+    return plan, planner.largest_group(work, plan.policies, plan.loaded_bytes + free)
 
 
 def check_free(planner: Planner, work: Workload, policies: MemoryPolicies, needed: int, free: int | None) -> None:

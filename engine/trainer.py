@@ -7,6 +7,7 @@ it would build logits to evaluate, average evaluation losses over batches instea
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,17 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from engine.arguments import DEFAULT_MAX_LENGTH, LadderArguments
+from engine.arguments import DEFAULT_MAX_LENGTH, LadderArguments, workload
 from engine.checkpoint import load_adapter
 from engine.collator import Collator
 from engine.config import LadderConfig
 from engine.data import prepare_dataset
+from engine.dtypes import compute_dtype
 from engine.layer_major import LayerMajor
-from engine.memory import GB, Workload
+from engine.memory import GB
 from engine.model import LadderForCausalLM
-from engine.planner import Planner
-from engine.preflight import check_free, free_bytes, policies_of
+from engine.planner import Planner, parse_bytes, usable_bytes
+from engine.preflight import check_free, fit_training, free_bytes, place_backbone, policies_of, read_shape
 from engine.step_graph import CudaGraphs, StepGraphs, check_arguments
 from engine.summary import PeakMemory, StepClock
 
@@ -35,7 +37,13 @@ class LadderMixin:
 
     The loss of an optimizer step is the sum over all its supervised tokens divided by their number, however they are
     cut into micro-batches and processes. Logs gain `tokens_per_second` and `peak_memory_mib`.
+
+    Attributes:
+        group_tokens: tokens that pass the backbone together where a step has several micro-batches; None: as many as
+            fit the memory.
     """
+
+    group_tokens: int | None = None
 
     def __init__(
         self,
@@ -57,7 +65,7 @@ class LadderMixin:
                 "not supported: build one trainer per trial around a shared backbone instead"
             )
         if isinstance(model, str | Path):
-            model = LadderForCausalLM.from_backbone(model, ladder_config, device=args.device)
+            model = LadderForCausalLM.from_backbone(model, ladder_config, **_load_options(model, ladder_config, args))
         elif ladder_config is not None:
             raise ValueError(
                 "ladder_config was given with a model that has a side network already; pass the backbone's path or id "
@@ -80,7 +88,7 @@ class LadderMixin:
         self.step_graphs = StepGraphs(model, CudaGraphs(self.args.device)) if graphed else None
         self.clock = StepClock(self.args.device)
         self.peak_memory = PeakMemory(self.args.device)
-        self.layer_major = LayerMajor(16384)
+        self.layer_major = LayerMajor(1)
         self._logged = (0, 0.0)
         self._eval_total = torch.zeros(2, dtype=torch.float64)
 
@@ -173,30 +181,31 @@ class LadderMixin:
         Raises:
             MemoryPlanError: it would need more memory than is free, and `ignore_memory_plan` is not set.
         """
-        self._check_memory()
+        self._fit_memory()
         output = super().train(*args, **kwargs)
         self.clock.stop()
         return output
 
-    def _check_memory(self) -> None:
-        """Print what training will hold beyond what is loaded; raise where that is not free."""
+    def _fit_memory(self) -> None:
+        """Choose what fits beside the loaded backbone; print what training will hold; raise where that is not free."""
         args, model = self.args, self.accelerator.unwrap_model(self.model)
-        backbone = model.backbone
-        planner, policies = Planner(backbone.config, model.ladder_config), policies_of(backbone)
-        work = Workload(
-            getattr(args, "max_length", None) or DEFAULT_MAX_LENGTH,
-            args.per_device_train_batch_size,
-            args.gradient_accumulation_steps,
-            backbone.device.type,
-            backbone.dtype.itemsize,
-        )
-        plan = planner.plan(work, policies)
-        needed, free = plan.peak_bytes - plan.loaded_bytes, free_bytes(backbone.device)
+        backbone, budget = model.backbone, getattr(args, "memory_budget", None)
+        planner = Planner(backbone.config, model.ladder_config)
+        work = workload(args, backbone.device.type, backbone.dtype.itemsize)
+        loaded = replace(policies_of(backbone), optimizer="adamw_8bit" if "8bit" in str(args.optim) else "adamw")
+        free = free_bytes(backbone.device)
+        if budget is not None:
+            beside = usable_bytes(parse_bytes(budget)) - planner.plan(work, loaded).loaded_bytes
+            free = beside if free is None else min(beside, free)
+        plan, group = fit_training(planner, work, loaded, getattr(args, "taps", "auto"), free)
+        needed = plan.peak_bytes - plan.loaded_bytes
         if self.is_world_process_zero():
             known = "unknown" if free is None else f"{free / GB:.2f} GB"
             print(f"Memory plan: {needed / GB:.2f} GB more at the peak ({plan.peak_phase}), free: {known}")
         if not getattr(args, "ignore_memory_plan", False):
-            check_free(planner, work, policies, needed, free)
+            check_free(planner, work, plan.policies, needed, free)
+        model.side_network.tap_policy = plan.policies.taps
+        self.layer_major = LayerMajor(self.group_tokens or group * work.rows)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The stock log with throughput since the last line and peak memory so far."""
@@ -250,6 +259,17 @@ def _tokenizer_if_any(model: LadderForCausalLM) -> PreTrainedTokenizerBase | Non
         return model.backbone.tokenizer()
     except ValueError:
         return None
+
+
+def _load_options(source: str | Path, ladder_config: LadderConfig | None, args: TrainingArguments) -> dict[str, Any]:
+    """Where `load_backbone` puts a backbone so that training fits `memory_budget`."""
+    options: dict[str, Any] = {"device": args.device}
+    budget = getattr(args, "memory_budget", None)
+    if budget is not None:
+        planner = Planner(read_shape(source), ladder_config or LadderConfig())
+        work = workload(args, args.device.type, compute_dtype(args.device).itemsize)
+        options |= place_backbone(planner, work, budget, getattr(args, "taps", "auto"))[1]
+    return options
 
 
 def _check_arguments(args: TrainingArguments) -> None:

@@ -45,19 +45,20 @@ def train(folder: Path, group_tokens: int, preset: str = "ladder", policy: TapPo
     """In fp64, which the order of sums does not reach: Adam makes a step of any small difference."""
     backbone = tiny_backbone(dtype=torch.float64, quantize=False)
     model = LadderForCausalLM.from_backbone(backbone, LadderConfig.preset(preset, reduction_factor=2))
-    model.side_network.double().tap_policy = policy
+    model.side_network.double()
     args = LadderArguments(
         output_dir=str(folder),
         num_train_epochs=2,
         per_device_train_batch_size=1,
         gradient_accumulation_steps=3,
+        taps=policy,
         use_cpu=True,
         save_strategy="no",
         disable_tqdm=True,
         dataloader_pin_memory=False,
     )
     trainer = LadderTrainer(model, args, train_dataset=samples())
-    trainer.layer_major = LayerMajor(group_tokens)
+    trainer.group_tokens = group_tokens
     trainer.train()
     return model.side_network.state_dict()
 
