@@ -18,8 +18,8 @@ from engine.backbone.layout import packed_nbytes, views
 from engine.backbone.loader import assemble_block
 from engine.backbone.residency import Layers
 from engine.config import LadderConfig
+from engine.ladder_model import LadderModel
 from engine.memory import MemoryPolicies
-from engine.model import LadderModel
 from engine.rows import Rows
 from engine.sequence import SequenceLayout
 from engine.side_network import SideNetwork

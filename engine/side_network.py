@@ -55,9 +55,11 @@ class Tap(nn.Module):
         The keeper says where hidden waits for backward.
         """
         gate = None if self.gate_logit is None else torch.sigmoid(self.gate_logit / self.temperature)
-        # The op takes a gate's gradient out of dW: beside a frozen projection h would be kept for that alone.
-        only_gate = gate is not None and gate.requires_grad and not self.weight.requires_grad
-        if self.kind == "linear" and not only_gate:
+        is_fused = self.kind == "linear"
+        if is_fused and gate is not None and gate.requires_grad:
+            # The op takes a gate's gradient out of dW: beside a frozen projection h would be kept for that alone.
+            is_fused = self.weight.requires_grad
+        if is_fused:
             return keeper.tap(hidden, self._wide_weight(hidden), state, gate)
         projected = self._project(hidden, keeper)
         if state is None:
