@@ -84,6 +84,7 @@ def trainer(folder: Path, graphed: bool, collator: Collator = FIXED, **overrides
     args = LadderArguments(output_dir=str(folder), **(settings | overrides))
     kind = LadderTrainer if graphed else EagerTrainer
     made = kind(new_model(), args, collator, Samples(14), Samples(7))
+    made.group_tokens = 1  # graphs are of single micro-batches; a group's products round differently
     if graphed:
         made.step_graphs = StepGraphs(made.model, TapeGraphs())
     return made
