@@ -22,7 +22,7 @@ from engine.memory import MemoryPolicies
 from engine.model import LadderForCausalLM
 from engine.options import TrainOptions
 from engine.planner import Planner, plan_summary
-from engine.preflight import check_free, free_bytes, place_backbone, read_shape
+from engine.preflight import check_free, fit_training, free_bytes, place_backbone, read_shape
 from engine.quickstart import defaults
 from engine.records import DataError, Records, read_records
 from engine.summary import SUMMARY_FILE, PeakMemory, Summary
@@ -108,14 +108,15 @@ def _plan(arguments: LadderArguments, source: str, config: LadderConfig, device:
     Returns:
         options of `load_backbone`.
     """
-    planner, policies = Planner(read_shape(source), config), MemoryPolicies()
+    planner = Planner(read_shape(source), config)
     work = workload(arguments, device, compute_dtype(device).itemsize)
     placement: dict[str, Any] = {}
     free = free_bytes(device)
     if arguments.memory_budget is not None:
         plan, placement = place_backbone(planner, work, arguments.memory_budget)
-        policies = plan.policies
-    plan = planner.plan(work, policies)
+    else:
+        loaded = planner.plan(work, MemoryPolicies()).loaded_bytes
+        plan, _ = fit_training(planner, work, MemoryPolicies(), arguments.taps, None if free is None else free - loaded)
     echo("\n".join(plan_summary(plan)))
     if not arguments.ignore_memory_plan:
         check_free(planner, work, plan.policies, plan.peak_bytes, free)
