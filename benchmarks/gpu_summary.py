@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -9,6 +11,7 @@ from typing import Literal
 Row = Mapping[str, str]
 _OURS = ("ladder_kernels", "ladder")
 _MODEL = "Qwen2.5-7B"
+_PLANNED = re.compile(r"planned ([\d.]+) MiB")
 
 
 @dataclass(frozen=True)
@@ -41,9 +44,10 @@ class Target:
     Attributes:
         item: what it is of.
         benchmark, cases: where the rows are; of several cases the worst counts.
-        other: the implementation we are compared with; for "extra" it does not matter.
+        other: the implementation we are compared with; for "extra" and "plan" it does not matter.
         kind: "speed" (how many times faster we are), "bandwidth" (our bytes per second as a share of theirs), "time"
-            (ours as a multiple of theirs) or "extra" (GB that we take).
+            (ours as a multiple of theirs), "extra" (GB that we take) or "plan" (by how much of the planned peak the
+            measured one differs from it).
         bound: at least that for the first two, at most for the others; None: the number is stated only.
         ours: name of our implementation, where it is not the first of `_OURS` that there is.
     """
@@ -52,17 +56,17 @@ class Target:
     benchmark: str
     cases: tuple[str, ...]
     other: str
-    kind: Literal["speed", "bandwidth", "time", "extra"]
+    kind: Literal["speed", "bandwidth", "time", "extra", "plan"]
     bound: float | None
     ours: str = ""
 
     @property
     def is_lower_better(self) -> bool:
-        return self.kind in ("time", "extra")
+        return self.kind in ("time", "extra", "plan")
 
     @property
     def unit(self) -> str:
-        return "GB" if self.kind == "extra" else "x"
+        return {"extra": "GB", "plan": "of the plan"}.get(self.kind, "x")
 
     @property
     def asked(self) -> str:
@@ -74,6 +78,9 @@ class Target:
         """The number, from two rows of one case and run."""
         if self.kind == "extra":
             return float(ours["step_mib"]) * 2**20 / 1e9
+        if self.kind == "plan":
+            planned = _PLANNED.match(ours["details"])
+            return abs(float(ours["build_and_step_mib"]) / float(planned[1]) - 1) if planned else math.inf
         if self.kind == "bandwidth":
             return float(ours["gb_s"]) / float(other["gb_s"])
         speed = float(other["p50_ms"]) / float(ours["p50_ms"])
@@ -102,7 +109,8 @@ class Target:
     def how(self) -> str:
         """Which rows, and what is divided."""
         what = {"speed": "speed", "bandwidth": "bytes/s", "time": "time", "extra": "peak of a call above its inputs"}
-        against = "" if self.kind == "extra" else f" against `{self.other}`"
+        what["plan"] = "peak allocated under the memory limit of the card, against the planned one"
+        against = "" if self.kind in ("extra", "plan") else f" against `{self.other}`"
         return f"{what[self.kind]}{against}; rows `{self.benchmark}`"
 
 
@@ -112,6 +120,7 @@ def _layer(*tokens: int) -> tuple[str, ...]:
 
 _DECODE, _SIDE = (f"{_MODEL}-layer-bf16",), (f"{_MODEL}-t2048-bf16",)
 _LOSS, _STEP, _LONG = (f"{_MODEL}-v152064-r2048-bf16",), (f"{_MODEL}-t2048",), (f"{_MODEL}-t8192",)
+_STREAMED = (f"{_MODEL}-t4096",)
 TARGETS = (
     Target("dequantize, nested, linears of a 7B block, graphed", "dequantize_nf4", _DECODE, "copy", "bandwidth", 0.85),
     Target("the same", "dequantize_nf4", _DECODE, "bitsandbytes", "speed", 1.5),
@@ -131,6 +140,12 @@ TARGETS = (
     Target("backbone pass at 2k tokens, share of the GEMM rate", "backbone_pass", _STEP, "products", "speed", 0.65),
     Target("whole train step in a CUDA graph, 7B", "train_step", _STEP, "ladder", "speed", None, "ladder_graphed"),
     Target("the same, optimizer outside of it", "train_step", _STEP, "ladder", "speed", None, "ladder_cuda_graph"),
+    Target("streamed train step, 7B, 4k tokens", "streamed_step", _STREAMED, "ladder_resident", "speed", 0.9),
+    *(
+        Target(f"train step under {card} GB, {model}, 2k tokens", "memory_limit", (case,), "ladder", "plan", 0.1)
+        for model, card in (("Qwen2.5-7B", 12), ("Qwen2.5-7B", 6), ("Qwen2.5-32B", 12))
+        for case in (f"{model}-t2048-{card}GB",)
+    ),
     Target("deterministic mode, train step, 7B", "train_step", _STEP, "ladder", "time", None, "ladder_deterministic"),
 )  # fmt: skip
 
@@ -163,17 +178,19 @@ def summary(facts: Mapping[str, str], outcomes: Sequence[Outcome], rows: Sequenc
 
 
 def _steps(rows: Sequence[Row]) -> list[str]:
-    """Tokens per second and memory of every training step that was run."""
+    """Tokens per second and memory of every training step that was run, and what was planned for it."""
     lines = [
         "",
         "## Training steps",
         "",
-        "| case | implementation | tokens/s | growth of a step, MiB | with weights, MiB |",
+        "| case | implementation | tokens/s | growth of a step, MiB | with weights, MiB | planned, MiB |",
     ]
-    lines.append("|---|---|---|---|---|")
+    lines.append("|---|---|---|---|---|---|")
     for row in rows:
-        if row["benchmark"] == "train_step":
+        if row["benchmark"] in ("train_step", "streamed_step", "memory_limit"):
+            planned = _PLANNED.match(row["details"])
             name = row["impl"] + (f" ({row['mark']})" if row["mark"] else "")
             cells = (row["case"], name, row["tokens_per_second"], row["step_mib"], row["build_and_step_mib"])
+            cells += (planned[1] if planned else "",)
             lines.append(f"| {' | '.join(cells)} |")
     return lines

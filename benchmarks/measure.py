@@ -36,7 +36,7 @@ MIN_ROUNDS = 3
 MAX_ROUNDS = 1000
 SMALLEST_DIVISOR_MIB = 1.0
 _TOY_CALLS = 2
-_FLUSH_BYTES = 256 * 2**20  # larger than any GPU's L2
+FLUSH_BYTES = 256 * 2**20  # larger than any GPU's L2
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class LocalRunner:
     def _time_cuda_call_ms(self) -> float:
         assert self._runnable is not None
         if self._flush is None:
-            self._flush = torch.empty(_FLUSH_BYTES, dtype=torch.uint8, device=self._device)
+            self._flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=self._device)
         self._flush.zero_()
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()

@@ -14,10 +14,14 @@ from benchmarks.qlora import load_nf4_model
 from benchmarks.registry import Case, Context
 from benchmarks.shapes import ModelShape, model_shape, random_tensors
 from engine.backbone import Backbone, load_backbone
+from engine.backbone.decoder import Block
 from engine.backbone.families import backbone_config, expected_tensors
-from engine.backbone.loader import assemble
+from engine.backbone.layout import PackedBlock, pack
+from engine.backbone.loader import assemble_block, with_layers
+from engine.backbone.residency import Layers, Placement, place
 from engine.dtypes import compute_dtype
 from ladder_kernels import NF4Weight
+from ladder_kernels.head import HeadWeight
 
 
 def case_backbone(case: Case, context: Context) -> Backbone:
@@ -34,17 +38,32 @@ def case_nf4_model(case: Case, context: Context, dtype: torch.dtype) -> PreTrain
     return load_nf4_model(context.folder / case.name, context.device, dtype)
 
 
-def random_backbone(shape: ModelShape, device: torch.device, seed: int = 0) -> Backbone:
-    """A backbone of that shape on `device`; it has no folder, so no tokenizer and no fingerprint."""
+def random_backbone(
+    shape: ModelShape, device: torch.device, seed: int = 0, placement: Placement | None = None
+) -> Backbone:
+    """A backbone of that shape on `device`; it has no folder, so no tokenizer and no fingerprint.
+
+    Layers that are not placed directly, as they are by default, are packed into host memory one after the other.
+    """
+    placement = placement or Placement()
     hf_config, dtype = shape.config(), compute_dtype(device)
     config = backbone_config(hf_config)
     expected = expected_tensors(config)
-    loaded: dict[str, Tensor | NF4Weight] = {}
-    for tensors in random_tensors(shape, torch.Generator(device).manual_seed(seed)):
+    loaded: dict[str, HeadWeight] = {}
+    blocks: list[Block] = []
+    packed: list[PackedBlock] = []
+    for index, tensors in enumerate(random_tensors(shape, torch.Generator(device).manual_seed(seed))):
         for name in tensors.keys() & expected.keys():
             is_packed = expected[name].linear
             loaded[name] = NF4Weight.from_bitsandbytes(tensors, name) if is_packed else tensors[name].to(dtype)
-    return Backbone(config, hf_config, *assemble(config, loaded))
+        if index < config.num_layers:
+            block = assemble_block(config, index, loaded)
+            if placement.is_direct:
+                blocks.append(block)
+            else:
+                packed.append(pack(block))
+    layers = Layers(blocks, device) if placement.is_direct else place(packed, device, placement)
+    return Backbone(config, hf_config, *with_layers(config, loaded, layers))
 
 
 def random_nf4_model(shape: ModelShape, device: torch.device, dtype: torch.dtype, seed: int = 0) -> PreTrainedModel:

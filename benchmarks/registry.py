@@ -21,6 +21,7 @@ ENTRY_MODULES = (
     "benchmarks.side_layer",
     "benchmarks.backbone_pass",
     "benchmarks.train_step",
+    "benchmarks.memory_limit",
     "benchmarks.generate",
 )
 DTYPE_NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}

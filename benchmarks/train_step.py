@@ -40,7 +40,7 @@ def _batch(case: Case, context: Context) -> tuple[Tensor, Tensor]:
 
 
 def _ladder(preset: str, cuda_graph: bool = False) -> Callable[[Case, Context], Runnable]:
-    """A builder of our step with a preset of `LadderConfig`, on the batch that our trainer's collator makes.
+    """A builder of our step with a preset of `LadderConfig`.
 
     With `cuda_graph` forward and backward are replayed as by `LadderArguments(cuda_graph=True)`, the optimizer is not.
     Nothing in it waits for the device: document lengths and supervised rows come from the host.
@@ -48,26 +48,32 @@ def _ladder(preset: str, cuda_graph: bool = False) -> Callable[[Case, Context], 
 
     def build(case: Case, context: Context) -> Runnable:
         from engine import LadderConfig, LadderForCausalLM
-        from engine.collator import Collator
 
         backbone = case_backbone(case, context)
         config = LadderConfig.preset(preset, reduction_factor=REDUCTION_FACTOR)
-        model = LadderForCausalLM.from_backbone(backbone, config).train()
-        input_ids, _ = _batch(case, context)
-        batch = Collator()([{"input_ids": sample} for sample in input_ids.cpu()])
-        for name, value in batch.items():
-            if isinstance(value, Tensor):
-                batch[name] = value.to(context.device)
-        training_pass = _training_pass(lambda: model(**batch).loss)
-        if cuda_graph and context.device.type == "cuda":
-            training_pass = _replayed(model, batch, context.device)
-        return Runnable(
-            _step(model, training_pass),
-            details=f"{DTYPE_NAMES[backbone.dtype]} backbone, {_count_trainable(model)}",
-            kernels=kernels_path(context.device),
-        )
+        return ladder_step(LadderForCausalLM.from_backbone(backbone, config), case, context, cuda_graph)
 
     return build
+
+
+def ladder_step(model: LadderForCausalLM, case: Case, context: Context, cuda_graph: bool = False) -> Runnable:
+    """Our step of the case's tokens, on the batch that our trainer's collator makes."""
+    from engine.collator import Collator
+
+    model.train()
+    input_ids, _ = _batch(case, context)
+    batch = Collator()([{"input_ids": sample} for sample in input_ids.cpu()])
+    for name, value in batch.items():
+        if isinstance(value, Tensor):
+            batch[name] = value.to(context.device)
+    training_pass = _training_pass(lambda: model(**batch).loss)
+    if cuda_graph and context.device.type == "cuda":
+        training_pass = _replayed(model, batch, context.device)
+    return Runnable(
+        _step(model, training_pass),
+        details=f"{DTYPE_NAMES[model.backbone.dtype]} backbone, {_count_trainable(model)}",
+        kernels=kernels_path(context.device),
+    )
 
 
 def _replayed(model: LadderForCausalLM, batch: dict[str, Any], device: torch.device) -> Callable[[], Tensor]:

@@ -29,10 +29,14 @@ def _errors() -> Iterator[None]:
         _fail(error, USAGE_ERROR)
     except OSError as error:
         _fail(error, RUN_ERROR)
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError":
+    except (RuntimeError, MemoryError) as error:
+        from engine.out_of_memory import TrainingMemoryError, is_out_of_memory
+
+        if not is_out_of_memory(error):
             raise
-        _fail("out of GPU memory; lower --batch-size or --max-length", RUN_ERROR)
+        if isinstance(error, TrainingMemoryError):
+            _fail(error, RUN_ERROR)
+        _fail(f"out of memory; lower --batch-size or --max-length, or name a smaller --budget: {error}", RUN_ERROR)
 
 
 def _fail(message: object, code: int) -> None:

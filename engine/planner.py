@@ -130,6 +130,9 @@ class Planner:
         """Up to three changes, the least costly first, each with the peak that it leads to; all of them fit if any
         single one does."""
         choices: list[tuple[str, Workload, MemoryPolicies]] = []
+        if work.group > 1:
+            fewer = replace(work, group=work.group // 2)
+            choices.append(("half the group_tokens, which pass the backbone together", fewer, policies))
         if work.batch > 1:
             half = replace(work, batch=work.batch // 2, accumulation=2 * work.accumulation)
             choices.append(("halve the batch and double the gradient accumulation", half, policies))

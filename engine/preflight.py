@@ -54,12 +54,15 @@ def policies_of(backbone: Backbone) -> MemoryPolicies:
 def free_bytes(device: torch.device | str) -> int | None:
     """What can still be allocated: on a GPU free memory and what torch keeps unused, else memory the system can give.
 
+    A share of the GPU that was set for this process (`set_per_process_memory_fraction`) counts as its whole memory.
     None where the system does not say.
     """
     device = torch.device(device)
     if device.type == "cuda":
-        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + unused
+        free, total = torch.cuda.mem_get_info(device)
+        reserved = torch.cuda.memory_reserved(device)
+        own = int(torch.cuda.get_per_process_memory_fraction(device) * total) - reserved
+        return min(free, own) + reserved - torch.cuda.memory_allocated(device)
     if _MEMINFO.exists():
         lines = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
         return int(lines["MemAvailable"].split()[0]) * 1024

@@ -24,8 +24,9 @@ from engine.config import LadderConfig
 from engine.data import prepare_dataset
 from engine.dtypes import compute_dtype
 from engine.layer_major import LayerMajor
-from engine.memory import GB
+from engine.memory import GB, MemoryPlan, Workload
 from engine.model import LadderForCausalLM
+from engine.out_of_memory import TrainingMemoryError, WholeSteps, explain, is_out_of_memory, release
 from engine.planner import Planner, parse_bytes, usable_bytes
 from engine.preflight import check_free, fit_training, free_bytes, place_backbone, policies_of, read_shape
 from engine.step_graph import CudaGraphs, StepGraphs, check_arguments
@@ -89,6 +90,7 @@ class LadderMixin:
         self.clock = StepClock(self.args.device)
         self.peak_memory = PeakMemory(self.args.device)
         self.layer_major = LayerMajor(1)
+        self._whole_steps: WholeSteps | None = None
         self._logged = (0, 0.0)
         self._eval_total = torch.zeros(2, dtype=torch.float64)
 
@@ -124,6 +126,15 @@ class LadderMixin:
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """Matrices only: decay would pull a gate towards one half and the mix towards the side network."""
         return [name for name, parameter in model.named_parameters() if parameter.ndim > 1]
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """The stock optimizer, whose steps can be undone where memory runs out in one."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        stepping = getattr(optimizer, "optimizer", optimizer)  # without accelerate's wrapper
+        if self._whole_steps is None or self._whole_steps.optimizer is not stepping:
+            self._whole_steps = WholeSteps(stepping)
+        self._whole_steps.undo()  # where auto_find_batch_size starts over in the middle of a step
+        return optimizer
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Tensor | int | None]:
         """The stock micro-batches of the next step, which then pass the backbone together."""
@@ -180,13 +191,38 @@ class LadderMixin:
 
         Raises:
             MemoryPlanError: it would need more memory than is free, and `ignore_memory_plan` is not set.
+            TrainingMemoryError: memory ran out all the same; the model is as the last whole step left it.
         """
-        self._fit_memory()
-        output = super().train(*args, **kwargs)
+        planner, work, plan = self._fit_memory()
+        try:
+            output = super().train(*args, **kwargs)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            phase = release(error)
+            self._return_to_whole_step()
+            device, step = self.accelerator.device, self.state.global_step
+            message = explain(planner, work, plan, device, self.peak_memory.mib(), phase, step)
+            raise TrainingMemoryError(f"{message}\n{error}") from error
         self.clock.stop()
         return output
 
-    def _fit_memory(self) -> None:
+    def _return_to_whole_step(self) -> None:
+        """Drop what an unfinished step has left: changed parameters, gradients, and passes made ahead."""
+        self.clock.stop()
+        self.layer_major.begin(())
+        if self._whole_steps is not None:
+            self._whole_steps.undo()
+        self.model.zero_grad()
+        scaler = getattr(self.accelerator, "scaler", None)
+        if scaler is not None and scaler.is_enabled():
+            scaler.scale(torch.zeros((), device=self.args.device))  # it may not have scaled anything yet
+            scaler.update(scaler.get_scale())  # forgets that gradients were unscaled
+        self.is_in_train = False
+        if self.args.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _fit_memory(self) -> tuple[Planner, Workload, MemoryPlan]:
         """Choose what fits beside the loaded backbone; print what training will hold; raise where that is not free."""
         args, model = self.args, self.accelerator.unwrap_model(self.model)
         backbone, budget = model.backbone, getattr(args, "memory_budget", None)
@@ -206,6 +242,8 @@ class LadderMixin:
             check_free(planner, work, plan.policies, needed, free)
         model.side_network.tap_policy = plan.policies.taps
         self.layer_major = LayerMajor(self.group_tokens or group * work.rows)
+        work = replace(work, group=group)
+        return planner, work, planner.plan(work, plan.policies)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The stock log with throughput since the last line and peak memory so far."""

@@ -16,6 +16,7 @@ from benchmarks.gpu_summary import TARGETS, Outcome, Target, summary
 from benchmarks.registry import find_benchmark
 
 FACTS = provenance.provenance(torch.device("cpu")) | {"device": "test card", "commit": "0" * 40}
+PLANNED = {"details": "planned 1000.0 MiB (loss): all layers on the device"}
 
 
 def _python(name: str, code: str, seconds: float, **others: str) -> Part:
@@ -121,6 +122,9 @@ def _row(case: str, impl: str, **values: str) -> dict[str, str]:
         ("bandwidth", 0.85, {"gb_s": "3.5"}, {"gb_s": "4.0"}, "**0.875 x** met"),
         ("extra", 0.5, {"step_mib": "400"}, {}, "**0.419 GB** met"),
         ("extra", 0.4, {"step_mib": "400"}, {}, "**0.419 GB** missed"),
+        ("plan", 0.1, PLANNED | {"build_and_step_mib": "930"}, {}, "**0.07 of the plan** met"),
+        ("plan", 0.1, PLANNED | {"build_and_step_mib": "1110.5"}, {}, "**0.111 of the plan** missed"),
+        ("plan", 0.1, {"build_and_step_mib": "1000", "details": "no plan"}, {}, "**inf of the plan** missed"),
         (
             "speed",
             1.0,
