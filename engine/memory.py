@@ -313,7 +313,8 @@ class _Parts:
         rows, width = self.work.pass_rows, self.backbone.hidden_size
         if self.config.tap_down in ("avg_pool", "max_pool"):
             return 0
-        kinds = {"device": self.hidden(), "int8": int8_bytes(rows, width), "host": 0, "none": 0}
+        on_host = self.hidden() if self.work.device_type == "cpu" else 0
+        kinds = {"device": self.hidden(), "int8": int8_bytes(rows, width), "host": on_host, "none": 0}
         return kinds[self.policies.taps]
 
     def taps(self, count: int) -> int:
@@ -389,15 +390,15 @@ class _Parts:
     def loss(self) -> tuple[int, int]:
         """Supervised rows of width D, forward and at the start of backward.
 
-        Forward holds the rows of h_L, y and its norm; backward y and the gradients of both. The norm goes in slices, of
-        which 16 bits need fp32 copies, twelve bytes a number forward and 26 backward.
+        Forward holds the rows of h_L, y and its norm, backward y and the gradients of both. The norm computes 16 bits in
+        fp32, in slices: forward eight bytes a number, backward 26.
         """
         width, itemsize = self.backbone.hidden_size, self.work.itemsize
         row_bytes = self.work.rows * width * itemsize
         in_slice = width * min(self.work.rows, frozen_norm.slice_rows(width))
-        forward, backward = (12, 26) if itemsize == 2 else (4, 8)
-        extra = (2, 1) if self.config.output == "mix" else (0, 0)  # what is mixed, and its share of it
-        return (3 + extra[0]) * row_bytes + forward * in_slice, (3 + extra[1]) * row_bytes + backward * in_slice
+        forward, backward = (8, 26) if itemsize == 2 else (0, 4)
+        mixed = row_bytes if self.config.output == "mix" else 0
+        return 3 * row_bytes + forward * in_slice + mixed, 3 * row_bytes + backward * in_slice + mixed
 
     def backward(self, at_end: Bytes, kept: Bytes, loss_backward: int) -> Bytes:
         """The worse of its two ends: nothing is freed yet, or every gradient is there."""

@@ -257,6 +257,11 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
         rows, cache = enter(
             input_ids, attention_mask, position_ids, cu_seq_lens_q, past_key_values, use_cache, document_lengths
         )
+        if passed is not None and not (supervised and len(passed[0]) == len(rows.input_ids)):
+            raise ValueError(
+                f"passed holds {len(passed[0])} rows: expected what run_ahead() computed of this very batch of "
+                f"{len(rows.input_ids)}, with labels or targets"
+            )
         loss = logits = count = None
         if supervised:
             chosen, targets = supervision(rows, labels, supervised_rows, supervised_targets)

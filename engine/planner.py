@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -32,9 +33,9 @@ def parse_bytes(text: str) -> int:
     Raises:
         ValueError: something else, or nothing at all.
     """
-    match = _SIZE.fullmatch(text)
+    match = _SIZE.fullmatch(str(text))
     unit = _UNITS.get((match[2] or "B").upper()) if match else None
-    if match is None or unit is None or float(match[1]) * unit < 1:
+    if match is None or unit is None or not 1 <= float(match[1]) * unit < math.inf:
         raise ValueError(f"expected an amount of memory such as 12GB or 11.5GiB, got {text!r}")
     return int(float(match[1]) * unit)
 

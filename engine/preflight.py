@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,15 @@ import torch
 from engine.backbone import Backbone
 from engine.backbone.families import BackboneConfig, backbone_config, parse_config
 from engine.backbone.files import CONFIG, locate, read_json
+from engine.backbone.host_memory import available_bytes
 from engine.backbone.layout import packed_nbytes
 from engine.backbone.shards import CheckpointError
 from engine.memory import GB, MemoryPlan, MemoryPolicies, Workload
 from engine.planner import Planner, parse_bytes, usable_bytes
 
 TAPS = ("device", "int8", "host")  # from the fastest to the leanest; "none" trains less and is never chosen
-_MEMINFO = Path("/proc/meminfo")
+GROUP_SHARE = 0.85  # of free memory for groups: the plan is off by up to a tenth, and allocators leave gaps
+_LAYER_PADDING = 1 << 16  # more than a packed layer loses to tensors at multiples of 256 bytes and to its last page
 
 
 class MemoryPlanError(ValueError):
@@ -47,6 +48,7 @@ def policies_of(backbone: Backbone) -> MemoryPolicies:
     return MemoryPolicies(
         residency="host" if streamed else "device",
         resident_layers=len(backbone.blocks) - streamed,
+        prefetch=backbone.layers.prefetch,
         head_dtype=backbone.head_dtype,  # type: ignore[arg-type]
     )
 
@@ -63,12 +65,7 @@ def free_bytes(device: torch.device | str) -> int | None:
         reserved = torch.cuda.memory_reserved(device)
         own = int(torch.cuda.get_per_process_memory_fraction(device) * total) - reserved
         return min(free, own) + reserved - torch.cuda.memory_allocated(device)
-    if _MEMINFO.exists():
-        lines = dict(line.split(":", 1) for line in _MEMINFO.read_text().splitlines())
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    if "SC_AVPHYS_PAGES" in os.sysconf_names:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return None
+    return available_bytes()
 
 
 def place_backbone(
@@ -88,7 +85,7 @@ def place_backbone(
         MemoryPlanError: nothing fits; the message says what would.
     """
     usable = usable_bytes(parse_bytes(budget))
-    choices = {"taps": TAPS if taps == "auto" else (taps,)}
+    choices = {"taps": tap_policies(work, taps)}
     plan = planner.choose(work, usable, choices)
     if plan is None:
         leanest = planner.leanest(work, choices)
@@ -100,8 +97,9 @@ def place_backbone(
         )
     if plan.policies.residency == "device":
         return plan, {}
-    layers = plan.phases["load"]
-    return plan, {"residency": "auto", "memory_budget": layers["backbone layers"] + layers["layers in flight"]}
+    on_device = plan.policies.resident_layers + plan.policies.prefetch + 1
+    layers = plan.phases["load"]["backbone layers"] + plan.phases["load"]["layers in flight"]
+    return plan, {"residency": "auto", "memory_budget": layers + on_device * _LAYER_PADDING}
 
 
 def fit_training(
@@ -113,19 +111,29 @@ def fit_training(
         planner: of the backbone and side network.
         work: what will be trained, one micro-batch in a pass.
         loaded: the policies that are settled.
-        taps: "auto" or a policy. "auto" takes the first of `TAPS` that fits, or the last.
+        taps: "auto" or a policy. "auto" takes the first of `tap_policies` that fits, or the last.
         free: bytes beside what is loaded; None where that is not known.
 
     Returns:
         the plan, and the micro-batches of a group.
     """
-    for policy in TAPS if taps == "auto" else (taps,):
+    for policy in tap_policies(work, taps):
         plan = planner.plan(work, replace(loaded, taps=policy))
         if free is None or plan.peak_bytes - plan.loaded_bytes <= free:
             break
     if free is None:
         return plan, 1
-    return plan, planner.largest_group(work, plan.policies, plan.loaded_bytes + free)
+    group = planner.largest_group(work, plan.policies, plan.loaded_bytes + int(GROUP_SHARE * free))
+    if on_host := plan.host["taps"]:
+        group = max(1, min(group, int(GROUP_SHARE * (available_bytes() or 0)) // on_host))
+    return plan, group
+
+
+def tap_policies(work: Workload, taps: str) -> tuple[str, ...]:
+    """The policies that `taps` leaves to choose from; to a CPU host memory is the device's, with a copy on top."""
+    if taps != "auto":
+        return (taps,)
+    return TAPS if work.device_type == "cuda" else TAPS[:-1]
 
 
 def check_free(planner: Planner, work: Workload, policies: MemoryPolicies, needed: int, free: int | None) -> None:

@@ -241,6 +241,10 @@ def check_arguments(args: TrainingArguments) -> None:
         )
     if args.device.type != "cuda":
         raise ValueError(f"cuda_graph=True needs an NVIDIA GPU, this run is on {args.device}: leave it out")
+    if getattr(args, "taps", "auto") == "host":
+        raise ValueError('cuda_graph=True cannot keep hidden states in host memory: set taps to "device" or "int8"')
+    if getattr(args, "memory_budget", None) is not None:
+        raise ValueError("cuda_graph=True cannot stream layers, as memory_budget may: leave out one of the two")
     for name in ("torch_empty_cache_steps", "torch_compile"):
         if getattr(args, name):
             raise ValueError(f"{name} is set, which works inside the pass that cuda_graph=True captures: leave out one")

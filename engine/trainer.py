@@ -222,18 +222,28 @@ class LadderMixin:
         if self.args.device.type == "cuda":
             torch.cuda.empty_cache()
 
+    def _taps(self) -> str:
+        """The policy that was asked for: by the arguments, or by freezing the down-projections."""
+        taps = getattr(self.args, "taps", "auto")
+        if taps == "auto" and self.accelerator.unwrap_model(self.model).side_network.tap_policy == "none":
+            return "none"
+        # A graph replays copies into host memory that others own by then.
+        return "device" if taps == "auto" and self.step_graphs is not None else taps
+
     def _fit_memory(self) -> tuple[Planner, Workload, MemoryPlan]:
         """Choose what fits beside the loaded backbone; print what training will hold; raise where that is not free."""
         args, model = self.args, self.accelerator.unwrap_model(self.model)
         backbone, budget = model.backbone, getattr(args, "memory_budget", None)
         planner = Planner(backbone.config, model.ladder_config)
         work = workload(args, backbone.device.type, backbone.dtype.itemsize)
-        loaded = replace(policies_of(backbone), optimizer="adamw_8bit" if "8bit" in str(args.optim) else "adamw")
+        loaded = replace(policies_of(backbone), optimizer="adamw_8bit" if "8bit" in args.optim else "adamw")
         free = free_bytes(backbone.device)
         if budget is not None:
-            beside = usable_bytes(parse_bytes(budget)) - planner.plan(work, loaded).loaded_bytes
+            is_card = backbone.device.type == "cuda"
+            held = torch.cuda.memory_allocated(backbone.device) if is_card else planner.plan(work, loaded).loaded_bytes
+            beside = max(usable_bytes(parse_bytes(budget)) - held, 0)
             free = beside if free is None else min(beside, free)
-        plan, group = fit_training(planner, work, loaded, getattr(args, "taps", "auto"), free)
+        plan, group = fit_training(planner, work, loaded, self._taps(), free)
         needed = plan.peak_bytes - plan.loaded_bytes
         if self.is_world_process_zero():
             known = "unknown" if free is None else f"{free / GB:.2f} GB"

@@ -18,7 +18,7 @@ import ladder_kernels.gpu
 from ladder_kernels import SideLayerWeights
 from ladder_kernels.gpu import side_layer as gpu
 from ladder_kernels.gpu.launcher import launch
-from ladder_kernels.side_layer import SideLayerShape
+from ladder_kernels.side_layer import SideLayerCall, SideLayerShape
 
 FLASH_BACKWARD = 3  # launches of flash attention's backward where every query head has a key head of its own
 
@@ -103,7 +103,6 @@ def test_launches_of_a_side_layer(
             return tuple(dmixed.new_empty(shape) for shape in ctx.shapes)
 
     monkeypatch.setattr(gpu, "_launch", lambda kernel, *_: launches.append(kernel.__name__))
-    monkeypatch.setattr(gpu, "attention", lambda *heads, **_: Attention.apply(*heads[:3]))
     shape, tokens, inner = SideLayerShape(width // 32, width // 64, 32, (5, 8), 1e-6), 13, width
     if width % 64:
         shape = shape._replace(kv_heads=1)
@@ -111,10 +110,11 @@ def test_launches_of_a_side_layer(
     shapes = ((width,), (qkv, width), (width, width), (width,), (2 * inner, width), (width, inner))
     weights = SideLayerWeights(*(torch.zeros(size, dtype=weight_dtype) for size in shapes))
     state, table = torch.zeros(tokens, width, dtype=torch.bfloat16), torch.zeros(tokens, 32, dtype=torch.bfloat16)
+    call = SideLayerCall(table, table, None, shape, Attention.apply)
     with Operations() as operations:
-        gpu.side_layer(state, weights, table, table, None, shape)
+        gpu.side_layer(state, weights, call)
         assert len(launches) + len(operations.names) == forward
         launches.clear(), operations.names.clear()
-        gpu.side_layer_backward(state, state, weights, table, table, None, shape)
+        gpu.side_layer_backward(state, state, weights, call)
         assert set(operations.names) == {"mm"}
         assert len(launches) + len(operations.names) == backward

@@ -103,6 +103,16 @@ def test_gradients_beside_a_packed_backbone(policy: TapPolicy) -> None:
         assert (gradients[1][name] - alone).norm() <= 1e-5 * alone.norm(), name
 
 
+def test_what_was_computed_of_another_batch_is_refused() -> None:
+    model = ladder_model("ladder", tiny_backbone())
+    (passed,) = model.run_ahead([{"input_ids": torch.zeros(1, 12, dtype=torch.int64)}])
+    ids = torch.zeros(1, 8, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"passed holds 12 rows: expected .* this very batch of 8"):
+        model(input_ids=ids, labels=ids.long(), passed=passed)
+    with pytest.raises(ValueError, match="with labels or targets"):
+        model(input_ids=torch.zeros(1, 12, dtype=torch.int64), passed=passed)
+
+
 def test_groups_are_as_large_as_fits_and_foreign_batches_run_alone() -> None:
     batches = [{"input_ids": torch.zeros(1, tokens, dtype=torch.int64)} for tokens in (4, 4, 9, 3, 3)]
     ran: list[list[int]] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
@@ -9,9 +10,19 @@ from checkpoints import tiny_checkpoint
 from test_memory_plan import CONFIG, SEVEN_B, THIRTY_TWO_B
 
 from engine import LadderArguments, LadderTrainer
+from engine.backbone import load_backbone
 from engine.memory import GB, MemoryPolicies, Workload
 from engine.planner import Planner
-from engine.preflight import TAPS, MemoryPlanError, fit_training, place_backbone
+from engine.preflight import (
+    GROUP_SHARE,
+    TAPS,
+    MemoryPlanError,
+    fit_training,
+    place_backbone,
+    policies_of,
+    read_shape,
+    tap_policies,
+)
 
 PLANNER = Planner(SEVEN_B, CONFIG)
 WORK = Workload(2048, accumulation=8)
@@ -26,14 +37,33 @@ def test_taps_go_where_they_first_fit() -> None:
     for taps, free in needed.items():
         plan, group = fit_training(PLANNER, WORK, MemoryPolicies(), "auto", free)
         assert (plan.policies.taps, group) == (taps, 1)
+        plan, _ = fit_training(PLANNER, WORK, MemoryPolicies(), "auto", free - 1)
+        assert plan.policies.taps != taps or taps == "host"
     assert fit_training(PLANNER, WORK, MemoryPolicies(), "auto", 0)[0].policies.taps == "host"
     assert fit_training(PLANNER, WORK, MemoryPolicies(), "device", 0)[0].policies.taps == "device"
     assert fit_training(PLANNER, WORK, MemoryPolicies(), "auto", None) == (PLANNER.plan(WORK, MemoryPolicies()), 1)
 
 
-def test_groups_are_as_large_as_the_memory() -> None:
-    groups = [fit_training(PLANNER, WORK, MemoryPolicies(), "device", n * GB)[1] for n in (1, 2, 3, 100)]
+def test_groups_leave_a_share_of_the_memory_alone() -> None:
+    groups = [fit_training(PLANNER, WORK, MemoryPolicies(), "device", n * GB)[1] for n in (1, 3, 4, 100)]
     assert groups == sorted(groups) and groups[0] < groups[2] and groups[-1] == WORK.accumulation
+    together = PLANNER.plan(dataclasses.replace(WORK, group=groups[2]), MemoryPolicies())
+    assert together.peak_bytes - together.loaded_bytes <= GROUP_SHARE * 4 * GB
+
+
+def test_groups_with_taps_on_the_host_fit_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    one = PLANNER.plan(WORK, MemoryPolicies(taps="host")).host["taps"]
+    monkeypatch.setattr("engine.preflight.available_bytes", lambda: int(3.5 * one / GROUP_SHARE))
+    assert fit_training(PLANNER, WORK, MemoryPolicies(), "host", 100 * GB)[1] == 3
+
+
+def test_host_memory_is_no_choice_of_a_cpu() -> None:
+    assert tap_policies(Workload(64, device_type="cpu"), "auto") == ("device", "int8")
+    taken = [
+        PLANNER.plan(Workload(2048, device_type="cpu"), MemoryPolicies(taps=taps)).phase_bytes("loss")
+        for taps in ("device", "host")
+    ]
+    assert taken[1] >= taken[0]
 
 
 def test_a_budget_says_where_layers_go() -> None:
@@ -43,6 +73,19 @@ def test_a_budget_says_where_layers_go() -> None:
     assert options["residency"] == "auto" and 0 < options["memory_budget"] < 11 * GB
     with pytest.raises(MemoryPlanError, match=r"memory_budget 1GB: of it 0\.92 GB can be used.*\n.*: \d+\.\d\d GB"):
         place_backbone(PLANNER, WORK, "1GB")
+
+
+@pytest.mark.parametrize("layers", [0, 1])
+def test_the_loader_keeps_as_many_layers_as_were_planned(tmp_path: Path, layers: int) -> None:
+    folder = tiny_checkpoint(tmp_path, "llama2")
+    planner = Planner(read_shape(folder), CONFIG)
+    work = Workload(64)
+    leanest = MemoryPolicies("host", resident_layers=layers, taps="host")
+    budget = str(-(-planner.plan(work, leanest).peak_bytes * 12 // 11) + 12)
+    plan, options = place_backbone(planner, work, budget, "host")
+    assert plan.policies.resident_layers == layers
+    backbone = load_backbone(folder, **options)
+    assert policies_of(backbone).resident_layers == layers
 
 
 @pytest.mark.parametrize(

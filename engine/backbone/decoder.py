@@ -206,8 +206,8 @@ class Backbone:
         return rotary_table(positions, self._frequencies, self.dtype, self._rotary_scale)
 
     def embed(self, input_ids: Tensor) -> Tensor:
-        """h_0 [T, D] of int64 ids [T]."""
-        return embedding_rows(input_ids, self.embedding)
+        """h_0 [T, D] of integer ids [T]."""
+        return embedding_rows(input_ids.long(), self.embedding)
 
     def hidden_states(
         self, input_ids: Tensor, layout: SequenceLayout, cache: DynamicCache | None = None

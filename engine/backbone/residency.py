@@ -163,7 +163,7 @@ class Layers:
     ) -> None:
         self.blocks = list(blocks)
         self._buffers = dict(buffers or {})
-        self._prefetch = prefetch
+        self.prefetch = prefetch
         self._pin_memory = pin_memory
         streamed = sorted(self._buffers)
         ahead = min(prefetch, len(streamed))
@@ -173,7 +173,7 @@ class Layers:
 
     def _stage(self, device: torch.device) -> None:
         """Build staging buffers, and the blocks in them, on the device."""
-        slots = min(self._prefetch + 1, len(self._buffers))
+        slots = min(self.prefetch + 1, len(self._buffers))
         size = max((buffer.nbytes for buffer in self._buffers.values()), default=0)
         with torch.inference_mode(False), torch.no_grad():  # they are written to in every mode
             self._staging = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(slots)]

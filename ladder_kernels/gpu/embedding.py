@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ladder_kernels.gpu.launcher import launch
 from ladder_kernels.gpu.spec import ARCHITECTURES, POINTERS, TURING, KernelSpec
 
 _BLOCK_D = 1024
@@ -30,9 +31,9 @@ def gather_rows(ids: Tensor, table: Tensor) -> Tensor:
     tokens, (vocabulary, width) = ids.shape[0], table.shape
     out = torch.empty(tokens, width, dtype=table.dtype, device=ids.device)
     if out.numel() > 0:
-        _gather_rows_fwd_kernel[(tokens, triton.cdiv(width, _BLOCK_D))](
-            ids.contiguous(), table, out, vocabulary, width, BLOCK_D=_BLOCK_D, num_warps=_NUM_WARPS
-        )
+        grid = (tokens, triton.cdiv(width, _BLOCK_D))
+        options = {"BLOCK_D": _BLOCK_D, "num_warps": _NUM_WARPS}
+        launch(_gather_rows_fwd_kernel, grid, ids.contiguous(), table, out, vocabulary, width, **options)
     return out
 
 
