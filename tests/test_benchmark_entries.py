@@ -22,6 +22,8 @@ from benchmarks.registry import (
     load_benchmarks,
 )
 from benchmarks.shapes import SHAPES, model_shape, random_nf4_weight, write_random_checkpoint
+from engine.backbone.layout import packed_nbytes
+from engine.backbone.residency import Placement
 from engine.sequence import SequenceLayout
 from ladder_kernels import dequantize_nf4
 
@@ -134,11 +136,18 @@ def test_models_built_in_memory_are_those_of_the_checkpoint(context: Context) ->
     input_ids = torch.arange(24) % toy.sizes["vocab"]
     layout = SequenceLayout.packed([24])
     shape, dtype = model_shape("toy"), torch.float32
-    loaded, built = models.case_backbone(toy, context), models.random_backbone(shape, context.device)
-    for (_, expected), (_, actual) in zip(
-        loaded.hidden_states(input_ids, layout), built.hidden_states(input_ids, layout), strict=True
+    loaded = models.case_backbone(toy, context)
+    for placement in (
+        Placement(),
+        Placement("host"),
+        Placement("auto", memory_budget=3 * packed_nbytes(loaded.blocks[0])),
     ):
-        assert torch.equal(actual, expected)
+        built = models.random_backbone(shape, context.device, placement=placement)
+        assert bool(built.layers.host_nbytes) == (not placement.is_direct)
+        for (_, expected), (_, actual) in zip(
+            loaded.hidden_states(input_ids, layout), built.hidden_states(input_ids, layout), strict=True
+        ):
+            assert torch.equal(actual, expected)
     expected, actual = (
         model.eval()(input_ids[None]).logits
         for model in (models.case_nf4_model(toy, context, dtype), models.random_nf4_model(shape, context.device, dtype))

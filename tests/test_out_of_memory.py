@@ -37,7 +37,7 @@ ERRORS: dict[str, Callable[[], Exception]] = {
 
 
 def trainer(output: Path, **options: Any) -> LadderTrainer:
-    settings = {"max_steps": 4, "warmup_steps": 0, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
+    settings = {"max_steps": 3, "warmup_steps": 0, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2}
     settings |= {"save_strategy": "no", "logging_steps": 1, "report_to": [], "disable_tqdm": True, "max_length": 32}
     return LadderTrainer(
         ladder_model("ladder").train(), LadderArguments(str(output), **(settings | options)), train_dataset=RECORDS
@@ -112,13 +112,12 @@ def observed(training: LadderTrainer) -> Steps:
 
 
 def assert_usable(training: LadderTrainer, expected: dict[str, Any], folder: Path) -> None:
-    """As after the last whole step, without gradients; it can be saved, and trains."""
+    """As after the last whole step, without gradients; it can be saved."""
     assert_same(everything(training), expected)
     assert all(parameter.grad is None for parameter in training.model.parameters())
     training.save_model(str(folder / "saved"))
     saved = LadderForCausalLM.from_pretrained(folder / "saved", backbone=training.model.backbone)
     assert_same(dict(saved.named_parameters()), dict(training.model.named_parameters()))
-    assert training.train().global_step == training.args.max_steps
 
 
 def test_whatever_op_fails_the_last_whole_step_stands(tmp_path: Path) -> None:
@@ -126,7 +125,7 @@ def test_whatever_op_fails_the_last_whole_step_stands(tmp_path: Path) -> None:
     with FailingOp(10**9) as counted:
         training.train()
     ends = []
-    for after in torch.linspace(0, 0.95 * counted.seen, 6).int().tolist():
+    for after in torch.linspace(0, 0.95 * counted.seen, 5).int().tolist():
         training = trainer(tmp_path, max_steps=2)
         steps = observed(training)
         with FailingOp(after), pytest.raises(TrainingMemoryError, match="CUDA out of memory"):
@@ -139,7 +138,7 @@ def test_whatever_op_fails_the_last_whole_step_stands(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("step", [0, 1])
-@pytest.mark.parametrize("after", [0, 3, 40])
+@pytest.mark.parametrize("after", [3, 40])
 def test_an_optimizer_step_that_ends_halfway_is_undone(tmp_path: Path, step: int, after: int) -> None:
     """AdamW one parameter after the other: at first it makes moments, later it allocates temporaries."""
     training = trainer(tmp_path, optim="adamw_torch")
@@ -166,6 +165,7 @@ def test_an_optimizer_step_that_ends_halfway_is_undone(tmp_path: Path, step: int
     assert modes[-1].seen > after and len(steps.seen) == step + 1
     training.create_optimizer = create  # type: ignore[method-assign]
     assert_usable(training, steps.seen[-1], tmp_path)
+    assert training.train().global_step == training.args.max_steps
 
 
 def test_fused_steps_with_moments_are_not_copied() -> None:
@@ -233,6 +233,9 @@ def test_what_is_out_of_memory(error: str) -> None:
         raise RuntimeError("cuda_graph: cannot be captured") from ERRORS[error]()
     except RuntimeError as wrapped:
         assert is_out_of_memory(wrapped)
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.uint8)
+    assert is_out_of_memory(caught.value)
     assert not is_out_of_memory(RuntimeError("shapes disagree"))
 
 
