@@ -391,7 +391,7 @@ class _Parts:
         """Supervised rows of width D, forward and at the start of backward.
 
         Forward holds the rows of h_L, y and its norm, backward y and the gradients of both. The norm computes 16 bits in
-        fp32, in slices: forward eight bytes a number, backward 26.
+        fp32, in slices: eight bytes a number forward, 26 backward.
         """
         width, itemsize = self.backbone.hidden_size, self.work.itemsize
         row_bytes = self.work.rows * width * itemsize
