@@ -390,8 +390,8 @@ class _Parts:
     def loss(self) -> tuple[int, int]:
         """Supervised rows of width D, forward and at the start of backward.
 
-        Forward holds the rows of h_L, y and its norm, backward y and the gradients of both. The norm computes 16 bits in
-        fp32, in slices: eight bytes a number forward, 26 backward.
+        Forward holds the rows of h_L, y and its norm, backward y and the gradients of both. The norm computes in
+        fp32, in slices: of 16 bits eight bytes a number forward, 26 backward.
         """
         width, itemsize = self.backbone.hidden_size, self.work.itemsize
         row_bytes = self.work.rows * width * itemsize

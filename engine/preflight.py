@@ -16,10 +16,10 @@ from engine.backbone.layout import packed_nbytes
 from engine.backbone.shards import CheckpointError
 from engine.memory import GB, MemoryPlan, MemoryPolicies, Workload
 from engine.planner import Planner, parse_bytes, usable_bytes
+from engine.sizes import staged_layer_bytes
 
 TAPS = ("device", "int8", "host")  # from the fastest to the leanest; "none" trains less and is never chosen
 GROUP_SHARE = 0.85  # of free memory for groups: the plan is off by up to a tenth, and allocators leave gaps
-_LAYER_PADDING = 1 << 16  # more than a packed layer loses to tensors at multiples of 256 bytes and to its last page
 
 
 class MemoryPlanError(ValueError):
@@ -97,9 +97,10 @@ def place_backbone(
         )
     if plan.policies.residency == "device":
         return plan, {}
-    on_device = plan.policies.resident_layers + plan.policies.prefetch + 1
-    layers = plan.phases["load"]["backbone layers"] + plan.phases["load"]["layers in flight"]
-    return plan, {"residency": "auto", "memory_budget": layers + on_device * _LAYER_PADDING}
+    resident = plan.policies.resident_layers
+    on_device = resident + min(plan.policies.prefetch + 1, planner.backbone.num_layers - resident)
+    layer = staged_layer_bytes(planner.backbone, work.itemsize)
+    return plan, {"residency": "auto", "memory_budget": on_device * layer}
 
 
 def fit_training(

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from engine.backbone.families import BackboneConfig, ExpectedTensor, expected_tensors
+from engine.backbone.layout import ALIGNMENT, PAGE, round_up
 from engine.config import LadderConfig
 from engine.side_network import SideNetwork
 from ladder_kernels.reference import ABSMAX_BLOCK, INT8_GROUP
@@ -34,6 +35,19 @@ def layer_bytes(backbone: BackboneConfig, itemsize: int) -> int:
     tensors = layer_tensors(backbone)
     packed = sum(nf4_bytes(*tensor.shape) for tensor in tensors if tensor.linear)
     return packed + itemsize * sum(math.prod(tensor.shape) for tensor in tensors if not tensor.linear)
+
+
+def staged_layer_bytes(backbone: BackboneConfig, itemsize: int) -> int:
+    """The same as one buffer, see `engine.backbone.layout`: tensors at multiples of 256 bytes, in whole pages."""
+    sizes: list[int] = []
+    for tensor in layer_tensors(backbone):
+        count = math.prod(tensor.shape)
+        if tensor.linear:
+            blocks = -(-count // NF4_BLOCK)
+            sizes += (-(-count // 2), blocks, 4 * 16, 4 * -(-blocks // ABSMAX_BLOCK), 4 * 256, 4)
+        else:
+            sizes.append(itemsize * count)
+    return round_up(sum(round_up(size, ALIGNMENT) for size in sizes), PAGE)
 
 
 @lru_cache(maxsize=64)

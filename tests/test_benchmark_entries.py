@@ -106,9 +106,11 @@ def test_shapes_have_the_published_parameter_counts() -> None:
         "Qwen2.5-1.5B": 1_543_714_304,
         "Qwen2.5-3B": 3_085_938_688,
         "Qwen2.5-7B": 7_615_616_512,
+        "Qwen2.5-14B": 14_770_033_664,
         "Qwen2.5-32B": 32_763_876_352,
         "Llama-3.2-1B": 1_235_814_400,
         "Llama-3.1-8B": 8_030_261_248,
+        "Llama-3.1-70B": 70_553_706_496,
         "Llama-2-7B": 6_738_415_616,
     }
     from transformers import AutoModelForCausalLM
