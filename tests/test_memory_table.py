@@ -60,6 +60,9 @@ def test_the_shipped_table_is_complete_and_planned() -> None:
         plan = plan_memory(
             backbone_config(model_shape(case.model).config()), config, Workload(case.tokens), case.policies
         )
-        assert plan.peak_bytes == pytest.approx(by_case[*key, PEAK], rel=0.05), case.name
+        # Copies on their way exist beside the computation on a GPU only.
+        in_flight = plan.phases["loss"]["taps"] if case.policies.taps == "host" else 0
+        assert plan.peak_bytes - in_flight == pytest.approx(by_case[*key, PEAK], rel=0.05), case.name
         for phase in plan.phases.keys() - {"load"}:
-            assert plan.phase_bytes(phase) == pytest.approx(by_case[*key, phase], rel=0.05), (case.name, phase)
+            planned = plan.phase_bytes(phase) - (in_flight if "taps" in plan.phases[phase] else 0)
+            assert planned == pytest.approx(by_case[*key, phase], rel=0.05), (case.name, phase)
