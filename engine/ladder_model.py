@@ -62,29 +62,29 @@ class LadderModel(nn.Module):
 
     def run(self, rows: Rows, cache: DynamicCache | None = None) -> tuple[Tensor, Tensor]:
         """h_L [N, D] and side state [N, S] of all rows; the cache is extended in place."""
-        backbone = self.backbone
-        # Both networks fix their own dtypes; autocast would round the side network's a second time.
-        with torch.autocast(backbone.device.type, enabled=False):
-            stream = backbone.hidden_states(rows.input_ids, rows.layout, cache)
-            return self.side_network(stream, rows.layout, cache, backbone.config.num_layers)
+        return self._run(rows.input_ids, rows.layout, [rows.layout], cache)[0]
 
-    def run_together(self, parts: Sequence[Rows]) -> list[tuple[Tensor, Tensor]]:
+    def run_together(self, batches: Sequence[Rows]) -> list[tuple[Tensor, Tensor]]:
         """`run` of several batches in one pass of the backbone, which decodes and streams every weight once.
 
         The side network runs for each by itself, so that a later backward frees the memory of one after the other.
         """
+        layouts = [rows.layout for rows in batches]
+        input_ids = torch.cat([rows.input_ids for rows in batches])
+        return self._run(input_ids, SequenceLayout.joined(layouts), layouts)
+
+    def _run(
+        self,
+        input_ids: Tensor,
+        layout: SequenceLayout,
+        layouts: Sequence[SequenceLayout],
+        cache: DynamicCache | None = None,
+    ) -> list[tuple[Tensor, Tensor]]:
         backbone = self.backbone
-        sizes = [len(rows.input_ids) for rows in parts]
-        layout = SequenceLayout.joined([rows.layout for rows in parts])
-        climbs = [self.side_network.climb(rows.layout) for rows in parts]
-        last: tuple[Tensor, ...] = ()
+        # Both networks fix their own dtypes; autocast would round the side network's a second time.
         with torch.autocast(backbone.device.type, enabled=False):
-            for index, hidden in backbone.hidden_states(torch.cat([rows.input_ids for rows in parts]), layout):
-                for climb, part in zip(climbs, hidden.split(sizes), strict=True):
-                    climb.meet(index, part)
-                last = hidden.split(sizes) if index == backbone.config.num_layers else ()
-                del hidden, part
-            return [(part, climb.finish()) for part, climb in zip(last, climbs, strict=True)]
+            stream = backbone.hidden_states(input_ids, layout, cache)
+            return self.side_network.follow(stream, layouts, cache, backbone.config.num_layers)
 
     def combined(self, hidden: Tensor, state: Tensor, chosen: Tensor | None = None) -> Tensor:
         """What the frozen head multiplies, [R, D]: final_norm(combine(h_L, s)) of the chosen rows, None for all."""

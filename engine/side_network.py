@@ -13,7 +13,7 @@ Sources: arXiv 2512.14237 (Ladder, xLadder), arXiv 2206.06522 (LST), arXiv 2401.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -215,15 +215,37 @@ class SideNetwork(nn.Module):
                 values = torch.randn(parameter.shape, generator=generator)
                 parameter.copy_(values * (scale * parameter.shape[-1] ** -0.5))
 
-    def climb(self, layout: SequenceLayout, cache: DynamicCache | None = None, first_cache_layer: int = 0) -> Climb:
-        """A pass over T rows, to be shown the backbone's hidden states one by one.
+    def follow(
+        self,
+        hidden_stream: Iterator[tuple[int, Tensor]],
+        layouts: Sequence[SequenceLayout],
+        cache: DynamicCache | None = None,
+        first_cache_layer: int = 0,
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Follow the backbone's hidden states, once for each of several batches whose rows lie one after the other.
+
+        The stream is consumed as it is produced and no state is held longer than its own turn, beyond what a tap's
+        backward needs.
 
         Args:
-            layout: documents and positions of the T rows.
+            hidden_stream: (i, h_i [T, D]) for i = 0..L in order, without gradient.
+            layouts: documents and positions of each batch's rows, T in all.
             cache: keys and values of earlier columns while decoding.
             first_cache_layer: cache index of side layer 0.
+
+        Returns:
+            h_L [N, D] and s [N, S] of each batch.
         """
-        return Climb(self, layout, cache, first_cache_layer)
+        climbs = [_Climb(self, layout, cache, first_cache_layer) for layout in layouts]
+        sizes = [sum(layout.lengths) for layout in layouts]
+        for index, hidden in hidden_stream:
+            parts = hidden.split(sizes)
+            for climb, part in zip(climbs, parts, strict=True):
+                climb.meet(index, part)
+            if index < self.num_layers:
+                # The loop's variables would keep this state alive while the backbone computes the next one.
+                del hidden, parts, part
+        return [(part, climb.finish()) for part, climb in zip(parts, climbs, strict=True)]
 
     def forward(
         self,
@@ -232,25 +254,8 @@ class SideNetwork(nn.Module):
         cache: DynamicCache | None = None,
         first_cache_layer: int = 0,
     ) -> tuple[Tensor, Tensor]:
-        """Follow the backbone's hidden states and return its last one with the last side state.
-
-        The stream is consumed as it is produced and no state is held longer than its own turn, beyond what a tap's
-        backward needs.
-
-        Args:
-            hidden_stream: (i, h_i [T, D]) for i = 0..L in order, without gradient.
-            layout, cache, first_cache_layer: as of `climb`.
-
-        Returns:
-            h_L [T, D] and s [T, S].
-        """
-        climb = self.climb(layout, cache, first_cache_layer)
-        for index, hidden in hidden_stream:
-            climb.meet(index, hidden)
-            if index < self.num_layers:
-                # The loop variable would keep this state alive while the backbone computes the next one.
-                del hidden
-        return hidden, climb.finish()
+        """`follow` of one batch: h_L [T, D] and s [T, S]."""
+        return self.follow(hidden_stream, [layout], cache, first_cache_layer)[0]
 
     def combine(self, hidden: Tensor, state: Tensor) -> Tensor:
         """y [R, D] from last hidden states [R, D] and side states [R, S] of the same rows.
@@ -274,8 +279,8 @@ class SideNetwork(nn.Module):
         return rotary_table(layout.positions, frequencies, state.dtype)
 
 
-class Climb:
-    """One pass of a side network over T rows, from the first tap to the last side layer; see `SideNetwork.climb`."""
+class _Climb:
+    """One pass of a side network over the rows of a batch, from the first tap to the last side layer."""
 
     def __init__(
         self, network: SideNetwork, layout: SequenceLayout, cache: DynamicCache | None, first_cache_layer: int
