@@ -12,7 +12,6 @@ from engine.backbone import Backbone
 from engine.backbone.families import BackboneConfig, backbone_config, parse_config
 from engine.backbone.files import CONFIG, locate, read_json
 from engine.backbone.host_memory import available_bytes
-from engine.backbone.layout import packed_nbytes
 from engine.backbone.shards import CheckpointError
 from engine.memory import GB, MemoryPlan, MemoryPolicies, Workload
 from engine.planner import Planner, parse_bytes, usable_bytes
@@ -44,7 +43,7 @@ def read_shape(source: str | Path) -> BackboneConfig:
 
 def policies_of(backbone: Backbone) -> MemoryPolicies:
     """The policies that a backbone was loaded with."""
-    streamed = round(backbone.layers.host_nbytes / packed_nbytes(backbone.blocks[0]))
+    streamed = backbone.layers.num_streamed
     return MemoryPolicies(
         residency="host" if streamed else "device",
         resident_layers=len(backbone.blocks) - streamed,

@@ -14,6 +14,7 @@ from ladder_kernels.reference import ABSMAX_BLOCK, BLOCK_SIZES, IGNORE_INDEX
 if TYPE_CHECKING:
     from ladder_kernels.head import HeadWeight
 
+_Expected = tuple[str, Tensor | None, tuple[int | str, ...], torch.dtype]  # name, tensor, shape, dtype
 SCRATCH_ALIGNMENT = 64  # bytes; torch's allocators give this much, so only an offset can spoil it
 COMPUTE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -63,6 +64,16 @@ def check_like(op: str, name: str, tensor: Tensor, shape: tuple[int, ...], like:
         check_device(op, name, tensor, like.device)
 
 
+def _check_dense(op: str, expected: Sequence[_Expected], device: torch.device) -> None:
+    """Raise unless each tensor that is there has its shape and dtype, is contiguous and on the device."""
+    for name, tensor, shape, dtype in expected:
+        if tensor is not None:
+            check_shape(op, name, tensor, shape)
+            check_dtype(op, name, tensor.dtype, (dtype,))
+            check_contiguous(op, name, tensor)
+            check_device(op, name, tensor, device)
+
+
 def check_no_gradient(op: str, name: str, tensor: Tensor | None, instead: str) -> None:
     """Raise ValueError if autograd would want a gradient that the op does not have."""
     if tensor is not None and tensor.requires_grad and torch.is_grad_enabled():
@@ -86,7 +97,7 @@ def check_nf4(op: str, nf4: NF4Tensors) -> None:
     check_shape(op, "packed", packed, ("bytes",))
     # Block sizes are even, so an unused last nibble never adds a block.
     blocks = -(-2 * packed.shape[0] // block_size)
-    expected: list[tuple[str, Tensor | None, tuple[int | str, ...], torch.dtype]] = [
+    expected: list[_Expected] = [
         ("packed", packed, ("bytes",), torch.uint8),
         ("absmax", absmax, (blocks,), torch.float32 if missing else torch.uint8),
         ("codebook", codebook, (16,), torch.float32),
@@ -94,12 +105,7 @@ def check_nf4(op: str, nf4: NF4Tensors) -> None:
         ("absmax_map", absmax_map, (256,), torch.float32),
         ("absmax_offset", absmax_offset, (), torch.float32),
     ]
-    for name, tensor, shape, dtype in expected:
-        if tensor is not None:
-            check_shape(op, name, tensor, shape)
-            check_dtype(op, name, tensor.dtype, (dtype,))
-            check_contiguous(op, name, tensor)
-            check_device(op, name, tensor, packed.device)
+    _check_dense(op, expected, packed.device)
 
 
 def check_dequantize(nf4: NF4Tensors, first_row: int, out: Tensor) -> None:
@@ -203,18 +209,13 @@ def check_logits(
             raise ValueError(f"{op}: expected panels and, for 16 bits, sums as scratch of a packed head, got None")
         if panels.dim() == 3 and min(panels.shape) == 0:
             raise ValueError(f"{op}: expected panels [1 or 2, P, D] of at least one row, got {list(panels.shape)}")
-    expected: tuple[tuple[str, Tensor | None, tuple[int | str, ...], torch.dtype], ...] = (
+    expected: tuple[_Expected, ...] = (
         ("logits", logits, ("chunk", vocabulary), hidden.dtype),
         ("wide_logits", wide_logits, (logits.shape[0], vocabulary), torch.float32),
         ("panels", panels, ("count", "P", width), hidden.dtype),
         ("sums", sums, (logits.shape[0], width), torch.float32),
     )
-    for name, tensor, shape, dtype in expected:
-        if tensor is not None:
-            check_shape(op, name, tensor, shape)
-            check_dtype(op, name, tensor.dtype, (dtype,))
-            check_contiguous(op, name, tensor)
-            check_device(op, name, tensor, hidden.device)
+    _check_dense(op, expected, hidden.device)
 
 
 def check_targets(targets: Tensor, vocabulary: int) -> None:

@@ -84,6 +84,15 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def deterministic() -> Iterator[None]:
+    """Torch's deterministic algorithms."""
+    was_enabled = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(was_enabled)
+
+
 def require_native() -> None:
     """Skip, or fail under LADDER_REQUIRE_NATIVE=1, where the native library is absent."""
     status = native.status()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
-from collections.abc import Iterator
 
 # torch asks for it before the first product in deterministic mode.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -22,21 +21,13 @@ from benchmarks.shapes import ModelShape
 from engine import LadderConfig, LadderForCausalLM
 from engine.collator import Collator
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("deterministic")]
 
 GPU_REPEATS = 30
 CPU_REPEATS = 3
 SMALL = ModelShape("qwen2", 64, 128, 4, 2, 1, 32, 256, True, 512, 1e-6, 1e4)
 # Wide and long enough that many thread blocks add to the same gradients.
 LARGE = ModelShape("qwen2", 512, 1408, 8, 8, 2, 64, 8192, True, 4096, 1e-6, 1e4)
-
-
-@pytest.fixture(autouse=True)
-def _deterministic() -> Iterator[None]:
-    was_enabled = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(was_enabled)
 
 
 def _batch(shape: ModelShape, lengths: tuple[int, ...], device: torch.device) -> dict[str, Tensor | int]:

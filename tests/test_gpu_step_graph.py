@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
@@ -23,24 +22,11 @@ from engine import LadderArguments, LadderConfig, LadderForCausalLM, LadderTrain
 from engine.collator import Collator
 from engine.step_graph import EAGER_PASSES, CudaGraphs, StepGraphs
 
-pytestmark = pytest.mark.gpu
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("deterministic")]
 
 SMALL = ModelShape("qwen2", 64, 128, 2, 2, 1, 32, 256, True, 512, 1e-6, 1e4)
 # Large enough for decoded panels on a second stream, flash attention and several chunks of the loss.
 LARGE = ModelShape("qwen2", 512, 4096, 4, 8, 2, 64, 32768, True, 4096, 1e-6, 1e4)
-
-
-@pytest.fixture
-def gpu_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-@pytest.fixture(autouse=True)
-def _deterministic() -> Iterator[None]:
-    was_enabled = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    yield
-    torch.use_deterministic_algorithms(was_enabled)
 
 
 def _model(device: torch.device, preset: str) -> LadderForCausalLM:

@@ -194,6 +194,11 @@ class Layers:
             weakref.finalize(self, unpin, pinned, device).atexit = False
 
     @property
+    def num_streamed(self) -> int:
+        """Layers that are streamed."""
+        return len(self._buffers)
+
+    @property
     def device_nbytes(self) -> int:
         """Bytes on the device: resident layers and staging buffers."""
         resident = (block for index, block in enumerate(self.blocks) if index not in self._buffers)
