@@ -70,7 +70,7 @@ def quantize_int8(weight: Tensor) -> Int8Weight:
         weight: [N, K] fp32, bf16 or fp16, finite.
 
     Raises:
-        ValueError, TypeError: not a matrix, empty, or not one of these dtypes.
+        ValueError, TypeError: not a matrix, empty, not finite, or not one of these dtypes.
     """
     check_shape("quantize_int8", "weight", weight, ("N", "K"))
     check_dtype("quantize_int8", "weight", weight.dtype, COMPUTE_DTYPES)
@@ -83,6 +83,8 @@ def quantize_int8(weight: Tensor) -> Int8Weight:
     for begin in range(0, rows, step):
         part = weight.detach()[begin : begin + step].float()
         absmax = part.abs().amax(dim=1)
+        if not bool(absmax.isfinite().all()):
+            raise ValueError(f"quantize_int8: expected finite weights, got NaN or infinity in rows {begin} and after")
         # A number over a tensor would be the number times a rounded reciprocal.
         inverse = torch.where(absmax > _SMALLEST_ABSMAX, torch.full_like(absmax, 127.0) / absmax, 0.0)
         codes[begin : begin + step] = (part * inverse[:, None]).round_()

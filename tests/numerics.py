@@ -39,6 +39,17 @@ def assert_close_to_truth(name: str, actual: Tensor, truth: Tensor, same_dtype_r
     assert error <= bound, f"{name}: error {error:.3g} > {FACTOR} x {reference_error:.3g} + atol = {bound:.3g}"
 
 
+def assert_sum_close_to_truth(name: str, total: Tensor, true_terms: Tensor, plain_terms: Tensor) -> None:
+    """The mean of a sum's terms errs by no more than the rule allows for the worst term of plain torch.
+
+    The error of plain torch's own sum is no measure: a single number's rounding errors cancel by luck, and which ones
+    do depends on the machine's matrix product.
+    """
+    count = max(1, true_terms.numel())
+    mean = true_terms.sum() / count
+    assert_close_to_truth(name, total / count, mean, mean + (plain_terms.double() - true_terms))
+
+
 def assert_same_bits(name: str, actual: Tensor, expected: Tensor) -> None:
     """Equal shape, dtype and bits; a NaN equals any NaN, and -0 differs from +0."""
     assert actual.dtype == expected.dtype, f"{name}: {actual.dtype}, expected {expected.dtype}"

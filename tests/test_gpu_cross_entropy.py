@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from numerics import TRITON_DTYPES, assert_close_to_truth, assert_same_bits
+from numerics import TRITON_DTYPES, assert_close_to_truth, assert_same_bits, assert_sum_close_to_truth
 from test_linear_cross_entropy import inputs, plain
 from torch import Tensor
 
@@ -97,16 +97,16 @@ def test_loss_and_gradient_of_a_frozen_head(gpu_device, dtype):
     hidden, head_weight, targets = (
         tensor.detach().to(gpu_device) for tensor in inputs((11, 24, 101), dtype, ignored=2)
     )
-    workspace, results = Workspace(), []
-    for leaf, weight in ((hidden, head_weight), (hidden.clone(), head_weight), (hidden.double(), head_weight.double())):
-        leaf.requires_grad_()
-        ours = not results
-        options = {"chunk_bytes": 4 * 101 * 4, "workspace": workspace}
-        loss = linear_cross_entropy(leaf, weight, targets, **options) if ours else plain(leaf, weight, targets)
-        loss.backward()
-        results.append((loss.detach(), leaf.grad))
-    assert_close_to_truth("loss", results[0][0] / 11, results[2][0] / 11, results[1][0] / 11)
-    assert_close_to_truth("gradient", results[0][1], results[2][1], results[1][1])
+    same, truth = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
+    workspace = Workspace()
+    loss = linear_cross_entropy(
+        hidden.requires_grad_(), head_weight, targets, chunk_bytes=4 * 101 * 4, workspace=workspace
+    )
+    plain_losses, true_losses = plain(same, head_weight, targets), plain(truth, head_weight.double(), targets)
+    for total in (loss, plain_losses.sum(), true_losses.sum()):
+        total.backward()
+    assert_sum_close_to_truth("loss", loss.detach(), true_losses.detach(), plain_losses.detach())
+    assert_close_to_truth("gradient", hidden.grad, truth.grad, same.grad)
     assert workspace.nbytes == 4 * 101 * dtype.itemsize, "no second, wider buffer"
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from numerics import assert_close_to_truth, assert_same_bits
+from numerics import assert_close_to_truth, assert_same_bits, assert_sum_close_to_truth
 from test_linear_cross_entropy import DTYPES, SHAPES, inputs, plain
 from torch import Tensor
 
@@ -36,15 +36,11 @@ def check_loss(weight: HeadWeight, hidden: Tensor, targets: Tensor, **options: o
     """Against plain torch and fp64 on the decoded head: decoding is exact, so only the products may differ."""
     dense = decode_head(weight, hidden.dtype)
     same, truth = hidden.detach().clone().requires_grad_(), hidden.detach().double().requires_grad_()
-    losses = [
-        linear_cross_entropy(hidden, weight, targets, **options),
-        plain(same, dense, targets),
-        plain(truth, dense.double(), targets),
-    ]
-    for loss in losses:
-        (loss * 0.5).backward()
-    mean = [loss.detach() / max(1, hidden.shape[0]) for loss in losses]
-    assert_close_to_truth("loss per row", mean[0], mean[2], mean[1])
+    loss = linear_cross_entropy(hidden, weight, targets, **options)
+    plain_losses, true_losses = plain(same, dense, targets), plain(truth, dense.double(), targets)
+    for total in (loss, plain_losses.sum(), true_losses.sum()):
+        (total * 0.5).backward()
+    assert_sum_close_to_truth("loss per row", loss.detach(), true_losses.detach(), plain_losses.detach())
     assert_close_to_truth("gradient of hidden", hidden.grad, truth.grad, same.grad)
 
 
@@ -116,6 +112,14 @@ def test_scratch_is_reused_and_smaller_than_the_head(small_panels, scheme):
     assert held <= 2400 + 4800 + 4 * 4 * 32 + 35 * 32 * 2
     linear_cross_entropy(hidden, weight, targets, chunk_bytes=4800, workspace=workspace).backward()
     assert workspace.nbytes == held < head.nbytes
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+def test_weights_that_are_not_finite_are_refused(value):
+    weight = torch.randn(6, 5)
+    weight[4, 2] = value
+    with pytest.raises(ValueError, match="expected finite weights, got NaN or infinity in rows 0 and after"):
+        quantize_int8(weight)
 
 
 def test_wrong_arguments():
