@@ -73,7 +73,7 @@ class StepWork:
 
 
 def step_work(backbone: BackboneConfig, config: LadderConfig, work: Workload, plan: MemoryPlan) -> StepWork:
-    """The work of one optimizer step with the plan's policies: `work.accumulation` passes."""
+    """The work of one optimizer step with the plan's policies: `work.accumulation` micro-batches in groups."""
     rows, width = work.rows, backbone.hidden_size
     linears = 2 * rows * backbone.num_layers * layer_parameters(backbone)
     # Two products of causal scores: half of 2 x 2 x tokens^2 x width for each document.
@@ -83,8 +83,8 @@ def step_work(backbone: BackboneConfig, config: LadderConfig, work: Workload, pl
     side = 8 * rows * side_parameters(backbone, config)
     streamed = plan.host["streamed layers"] + 2 * plan.host["taps"]
     packed = backbone.num_layers * layer_bytes(backbone, work.itemsize)
-    passes = work.accumulation
-    return StepWork(passes * float(linears + attention + head + side), passes * packed, passes * streamed)
+    passes = -(-work.accumulation // work.group)
+    return StepWork(work.accumulation * float(linears + attention + head + side), passes * packed, passes * streamed)
 
 
 def break_even_tokens(backbone: BackboneConfig, card: Card) -> float:

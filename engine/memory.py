@@ -28,6 +28,7 @@ from engine.sizes import (
     meta_side_network,
     nf4_bytes,
     side_parameters,
+    staged_layer_bytes,
 )
 from ladder_kernels import frozen_norm, native
 from ladder_kernels.launch import (
@@ -238,7 +239,9 @@ class _Parts:
 
     @cached_property
     def layer_bytes(self) -> int:
-        return layer_bytes(self.backbone, self.work.itemsize)
+        """Of a layer as it is kept: tensors of their own, or one buffer where some layers are streamed."""
+        kept = layer_bytes if self.policies.residency == "device" else staged_layer_bytes
+        return kept(self.backbone, self.work.itemsize)
 
     def weights(self) -> dict[str, int]:
         """The frozen weights on the device; on a CPU all of them are."""

@@ -138,8 +138,6 @@ class Planner:
             half = replace(work, batch=work.batch // 2, accumulation=2 * work.accumulation)
             choices.append(("halve the batch and double the gradient accumulation", half, policies))
         is_card = work.device_type == "cuda"
-        if is_card and policies.embedding == "device":
-            choices.append(("embedding on the host", work, replace(policies, embedding="host")))
         if policies.taps == "device":
             choices.append(("taps as int8", work, replace(policies, taps="int8")))
         if is_card and policies.residency == "device":

@@ -15,7 +15,6 @@ from engine.backbone.host_memory import available_bytes
 from engine.backbone.shards import CheckpointError
 from engine.memory import GB, MemoryPlan, MemoryPolicies, Workload
 from engine.planner import Planner, parse_bytes, usable_bytes
-from engine.sizes import staged_layer_bytes
 
 TAPS = ("device", "int8", "host")  # from the fastest to the leanest; "none" trains less and is never chosen
 GROUP_SHARE = 0.85  # of free memory for groups: the plan is off by up to a tenth, and allocators leave gaps
@@ -96,10 +95,8 @@ def place_backbone(
         )
     if plan.policies.residency == "device":
         return plan, {}
-    resident = plan.policies.resident_layers
-    on_device = resident + min(plan.policies.prefetch + 1, planner.backbone.num_layers - resident)
-    layer = staged_layer_bytes(planner.backbone, work.itemsize)
-    return plan, {"residency": "auto", "memory_budget": on_device * layer}
+    layers = plan.phases["load"]
+    return plan, {"residency": "auto", "memory_budget": layers["backbone layers"] + layers["layers in flight"]}
 
 
 def fit_training(
