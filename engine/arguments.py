@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from importlib.util import find_spec
+from typing import Literal
 
 from transformers import TrainingArguments
 
-from engine.memory import Workload
 from engine.planner import parse_bytes
 from engine.tap_store import check_tap_policy
+from engine.workload import Workload
 
 DEFAULT_MAX_LENGTH = 1024
 DEFAULT_LEARNING_RATE = 3e-3
@@ -68,11 +70,19 @@ class LadderArguments(TrainingArguments):
             check_tap_policy(self.taps)
         if self.memory_budget is not None:
             parse_bytes(self.memory_budget)
+        if self.optim == "adamw_torch_8bit" and find_spec("torchao") is None:
+            raise ValueError("optim adamw_torch_8bit needs torchao: pip install 'ladder-engine[adamw8bit]'")
         if self.cuda_graph:
             self.logging_nan_inf_filter = False
 
 
-def workload(args: TrainingArguments, device_type: str, itemsize: int) -> Workload:
-    """What a step of these arguments trains on, every sample as long as it may be."""
-    tokens = getattr(args, "max_length", None) or DEFAULT_MAX_LENGTH
+def optimizer_policy(args: TrainingArguments) -> Literal["adamw", "adamw_8bit"]:
+    """In how many bits the optimizer keeps its moments."""
+    return "adamw_8bit" if "8bit" in args.optim else "adamw"
+
+
+def workload(args: TrainingArguments, device_type: str, itemsize: int, longest: int | None = None) -> Workload:
+    """What a step of these arguments trains on, every sample as long as the longest, or where that is not known as it
+    may be."""
+    tokens = longest or getattr(args, "max_length", None) or DEFAULT_MAX_LENGTH
     return Workload(tokens, args.per_device_train_batch_size, args.gradient_accumulation_steps, device_type, itemsize)

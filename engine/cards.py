@@ -12,8 +12,9 @@ from dataclasses import dataclass
 
 from engine.backbone.families import BackboneConfig
 from engine.config import LadderConfig
-from engine.memory import MemoryPlan, Workload
+from engine.memory import MemoryPlan
 from engine.sizes import layer_bytes, layer_tensors, side_parameters
+from engine.workload import Workload
 
 
 @dataclass(frozen=True)

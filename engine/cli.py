@@ -63,6 +63,11 @@ def train(
     config: Annotated[Path | None, typer.Option(help="YAML or JSON file with these names; options win.")] = None,
     overwrite: Annotated[bool | None, typer.Option("--overwrite", help="Replace a finished run in --output.")] = None,
     budget: Annotated[str | None, typer.Option(help="Memory to train in, as a card is sold: 12GB.")] = None,
+    taps: Annotated[
+        str | None, typer.Option(help="Where hidden states wait for backward: auto, device, int8, host or none.")
+    ] = None,
+    head_dtype: Annotated[str | None, typer.Option(help="Frozen head: dense, int8 or nf4.")] = None,
+    optimizer: Annotated[str | None, typer.Option(help="adamw, or adamw_8bit (torchao).")] = None,
     ignore_memory_plan: Annotated[
         bool | None, typer.Option("--ignore-memory-plan", help="Start even where the plan exceeds free memory.")
     ] = None,
@@ -103,9 +108,9 @@ def plan(
     """Plan the memory of training on a GPU: every part, the policies to choose, time bounds, and what fits."""
     with _errors():
         from engine.config import LadderConfig
-        from engine.memory import Workload
         from engine.planner import Planner, budget_report, parse_bytes
         from engine.preflight import read_shape
+        from engine.workload import Workload
 
         card_bytes = parse_bytes(budget)
         planner = Planner(read_shape(model), LadderConfig.preset(preset, reduction_factor=reduction_factor))

@@ -75,6 +75,11 @@ class TokenizedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         return {"input_ids": ids, "labels": labels}
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest sample."""
+        return int(np.diff(self._ends, prepend=0).max(initial=0))
+
+    @property
     def num_tokens(self) -> int:
         """Tokens of all samples together."""
         return len(self._ids)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,22 +11,22 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from engine.arguments import LadderArguments, workload
+from engine.arguments import LadderArguments, optimizer_policy, workload
 from engine.backbone.families import expected_tensors
 from engine.checkpoint import CONFIG_NAME, check_no_foreign_model
 from engine.collator import IGNORE_INDEX
 from engine.config import LadderConfig
 from engine.data import TokenizedDataset, prefix_ids, prepare_dataset, show_sample
 from engine.dtypes import compute_dtype
-from engine.memory import MemoryPolicies
 from engine.model import LadderForCausalLM
-from engine.options import TrainOptions
+from engine.options import OPTIMIZERS, TrainOptions
 from engine.planner import Planner, plan_summary
 from engine.preflight import check_free, fit_training, free_bytes, place_backbone, read_shape
 from engine.quickstart import defaults
 from engine.records import DataError, Records, read_records
 from engine.summary import SUMMARY_FILE, PeakMemory, Summary
 from engine.trainer import LadderTrainer
+from engine.workload import MemoryPolicies
 
 HELDOUT_SHARE, MAX_HELDOUT = 0.05, 200
 SHOWN_CHARACTERS = 600
@@ -61,9 +61,9 @@ def finetune(options: TrainOptions, echo: Echo) -> Summary:
     records = _records(options)
     source = options.model or defaults.backbone_path()
     arguments = _arguments(options, device)
-    placement = _plan(arguments, source, config, device, echo)
+    placement = _plan(options, arguments, source, config, device, echo)
     memory = PeakMemory(device)
-    model = LadderForCausalLM.from_backbone(source, config, device=device, **placement)
+    model = LadderForCausalLM.from_backbone(source, config, device=device, head_dtype=options.head_dtype, **placement)
     tokenizer = model.backbone.tokenizer()
     data = _tokenized(options, records, tokenizer, model)
     echo(_describe(options, model, data, device))
@@ -102,7 +102,9 @@ def finetune(options: TrainOptions, echo: Echo) -> Summary:
     return summary
 
 
-def _plan(arguments: LadderArguments, source: str, config: LadderConfig, device: str, echo: Echo) -> dict[str, Any]:
+def _plan(
+    options: TrainOptions, arguments: LadderArguments, source: str, config: LadderConfig, device: str, echo: Echo
+) -> dict[str, Any]:
     """Print the memory that the run will take; raise where that is not free.
 
     Returns:
@@ -110,13 +112,15 @@ def _plan(arguments: LadderArguments, source: str, config: LadderConfig, device:
     """
     planner = Planner(read_shape(source), config)
     work = workload(arguments, device, compute_dtype(device).itemsize)
+    work = replace(work, eval_batch=arguments.per_device_eval_batch_size)
     placement: dict[str, Any] = {}
     free = free_bytes(device)
+    settled = MemoryPolicies(head_dtype=options.head_dtype, optimizer=optimizer_policy(arguments))
     if arguments.memory_budget is not None:
-        plan, placement = place_backbone(planner, work, arguments.memory_budget)
+        plan, placement = place_backbone(planner, work, arguments.memory_budget, arguments.taps, settled)
     else:
-        loaded = planner.plan(work, MemoryPolicies()).loaded_bytes
-        plan, _ = fit_training(planner, work, MemoryPolicies(), arguments.taps, None if free is None else free - loaded)
+        loaded = planner.plan(work, settled).loaded_bytes
+        plan, _ = fit_training(planner, work, settled, arguments.taps, None if free is None else free - loaded)
     echo("\n".join(plan_summary(plan)))
     if not arguments.ignore_memory_plan:
         check_free(planner, work, plan.policies, plan.peak_bytes, free)
@@ -181,6 +185,8 @@ def _arguments(options: TrainOptions, device: str) -> LadderArguments:
         per_device_eval_batch_size=options.batch_size,
         gradient_accumulation_steps=options.gradient_accumulation_steps,
         max_length=options.max_length,
+        optim=OPTIMIZERS[options.optimizer],
+        taps=options.taps,
         memory_budget=options.budget,
         ignore_memory_plan=options.ignore_memory_plan,
         seed=options.seed,

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Literal
 
 from engine.backbone.chunks import chunk_tokens
 from engine.backbone.families import BackboneConfig
@@ -30,6 +29,7 @@ from engine.sizes import (
     side_parameters,
     staged_layer_bytes,
 )
+from engine.workload import MemoryPolicies, Workload
 from ladder_kernels import frozen_norm, native
 from ladder_kernels.launch import (
     gpu_linear_plan,
@@ -40,85 +40,10 @@ from ladder_kernels.launch import (
     panel_rows,
 )
 
-GB = 10**9
-CARD_SHARE = 11 / 12
-"""Of a card sold as "12 GB", 11.0e9 bytes may be allocated; context, display and fragmentation take the rest."""
-
 _PLANNED_CARD = (86, 28)  # scratch is planned for an RTX 3060; other cards take less
 _MOMENT_BLOCK = 256  # of 8-bit AdamW (torchao), one fp32 scale each
 
 Bytes = Mapping[str, int]
-
-
-@dataclass(frozen=True)
-class MemoryPolicies:
-    """Where things are kept and in how many bits: what a claim about memory has to name.
-
-    The defaults are what training does unless it is told otherwise.
-
-    Attributes:
-        residency: packed layers stay on the "device", or are streamed from the "host" as they are needed.
-        resident_layers: of "host", the layers that stay on the device all the same.
-        prefetch: of "host", layers copied ahead of the one that computes.
-        taps: hidden states kept for tap_down's gradient: on the "device" in the compute dtype, as "int8" there, on the
-            "host", or "none" (for a down-projection that is not trained).
-        head_dtype: the frozen head in the compute dtype ("dense"), as "int8" or "nf4".
-        embedding: on the "device", or on the "host", from where the rows of a batch are gathered; a dense head that is
-            the embedding as well is on the device.
-        optimizer: "adamw" with fp32 moments, or "adamw_8bit".
-    """
-
-    residency: Literal["device", "host"] = "device"
-    resident_layers: int = 0
-    prefetch: int = 1
-    taps: Literal["device", "int8", "host", "none"] = "device"
-    head_dtype: Literal["dense", "int8", "nf4"] = "dense"
-    embedding: Literal["device", "host"] = "host"
-    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
-
-    def describe(self) -> str:
-        """As one line for people."""
-        layers = "all layers on the device" if self.residency == "device" else "layers streamed from the host"
-        if self.residency == "host" and self.resident_layers:
-            layers = f"{self.resident_layers} layers on the device, the others streamed from the host"
-        taps = {"device": "in 16 bits", "int8": "as int8", "host": "on the host", "none": "not kept"}[self.taps]
-        return f"{layers}; taps {taps}; head {self.head_dtype}; embedding on the {self.embedding}; {self.optimizer}"
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What a step trains on, and where.
-
-    Attributes:
-        tokens: of one document.
-        batch: documents in one pass.
-        accumulation: micro-batches per optimizer step; beyond one, gradients are there during their passes too.
-        device_type: "cuda" or "cpu".
-        itemsize: bytes of the compute dtype.
-        group: micro-batches that pass the backbone together, see `engine.layer_major`.
-    """
-
-    tokens: int
-    batch: int = 1
-    accumulation: int = 1
-    device_type: str = "cuda"
-    itemsize: int = 2
-    group: int = 1
-
-    def __post_init__(self) -> None:
-        for name in ("tokens", "batch", "accumulation", "group"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-
-    @property
-    def rows(self) -> int:
-        """Rows T of a micro-batch, all of them supervised: the most there can be."""
-        return self.tokens * self.batch
-
-    @property
-    def pass_rows(self) -> int:
-        """Rows of a pass of the backbone."""
-        return self.rows * self.group
 
 
 @dataclass(frozen=True)
@@ -209,6 +134,8 @@ class _Parts:
             "backward": self.backward(held | gradients, losses, loss_backward),
             "optimizer": held | gradients,
         }
+        if work.eval_batch:
+            phases["evaluation"] = self.evaluation(weights)
         return MemoryPlan(phases, self.host(), self.policies)
 
     @cached_property
@@ -411,6 +338,20 @@ class _Parts:
         first = kept | {"activations": loss_backward}
         last = {"taps": self.taps(1), "side states": self.states() // layers, "activations": self.side_backward()}
         return max(first, dict(at_end) | last, key=lambda parts: sum(parts.values()))
+
+    def evaluation(self, weights: Bytes) -> Bytes:
+        """A pass that keeps nothing for a backward: the worst of its stages."""
+        work = replace(self.work, batch=self.work.eval_batch, accumulation=1, group=1)
+        one = replace(self, work=work, policies=replace(self.policies, taps="none"))
+        numbers = 3 * self.dims.side_dim + 2 * self.dims.head_dim  # a side state, a tap, their merge, rotary tables
+        stages = (one.block(), one.hidden() + one.side_forward(), one.hidden() + one.loss()[0])
+        return weights | {
+            "side parameters": 4 * self.parameters,
+            "moments": self.moments(),
+            "scratch": max(self.scratch(), one.scratch()),
+            "side states": one.work.itemsize * one.work.rows * numbers,
+            "activations": max(stages),
+        }
 
     def loading(self) -> int:
         """The largest tensor that is quantized, as it was stored in 16 bits."""

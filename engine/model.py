@@ -111,7 +111,7 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
             device: where the backbone is loaded to.
             revision: of the backbone's hub repository.
             config: accepted because transformers' Auto classes pass it; the folder decides.
-            options: residency, memory_budget, prefetch and packed_cache as of `load_backbone`, where the backbone is
+            options: residency, layer_budget, prefetch and packed_cache as of `load_backbone`, where the backbone is
                 loaded here; and what the Auto classes pass along, none of it used.
 
         Raises:

@@ -6,7 +6,16 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+OPTIMIZERS = {"adamw": "adamw_torch_fused", "adamw_8bit": "adamw_torch_8bit"}
+"""Of `TrainingArguments.optim`."""
+
+_WORD_OPTIONS = {
+    "taps": ("auto", "device", "int8", "host", "none"),
+    "head_dtype": ("dense", "int8", "nf4"),
+    "optimizer": tuple(OPTIMIZERS),
+}
 
 
 @dataclass(frozen=True)
@@ -28,6 +37,9 @@ class TrainOptions:
         reduction_factor: backbone width over side width.
         overwrite: replace a finished run in `output`.
         budget: device memory to train in, as a card is sold, such as 12GB; None: what is free.
+        taps: where hidden states wait for backward: auto, device, int8, host or none.
+        head_dtype: of the frozen head: dense, int8 or nf4.
+        optimizer: adamw, or adamw_8bit, which needs torchao.
         ignore_memory_plan: start even where the plan exceeds free memory.
     """
 
@@ -45,6 +57,9 @@ class TrainOptions:
     reduction_factor: int = 16
     overwrite: bool = False
     budget: str | None = None
+    taps: str = "auto"
+    head_dtype: Literal["dense", "int8", "nf4"] = "dense"
+    optimizer: Literal["adamw", "adamw_8bit"] = "adamw"
     ignore_memory_plan: bool = False
 
     def __post_init__(self) -> None:
@@ -52,6 +67,9 @@ class TrainOptions:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` is {value}; expected at least 1")
+        for name, words in _WORD_OPTIONS.items():
+            if getattr(self, name) not in words:
+                raise ValueError(f"`{name}` is {getattr(self, name)!r}; expected one of {', '.join(words)}")
         if self.max_length < 2:
             raise ValueError(f"`max_length` is {self.max_length}; expected at least 2")
         if not 0 < self.learning_rate < float("inf"):

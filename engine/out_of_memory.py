@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engine.memory import GB, MemoryPlan, Workload
+from engine.memory import MemoryPlan
 from engine.planner import Planner
 from engine.preflight import free_bytes
+from engine.workload import GB, Workload
 
 _MESSAGES = (
     "DefaultCPUAllocator",  # a plain RuntimeError of torch's allocator on a CPU

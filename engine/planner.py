@@ -12,10 +12,12 @@ from typing import Any
 from engine.backbone.families import BackboneConfig
 from engine.cards import CARDS, Card, break_even_tokens, step_work
 from engine.config import LadderConfig
-from engine.memory import CARD_SHARE, GB, MemoryPlan, MemoryPolicies, Workload, plan_memory
+from engine.memory import MemoryPlan, plan_memory
+from engine.workload import GB, MemoryPolicies, Workload
 
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*")
+_CARD_SHARE = 11 / 12  # 11.0e9 bytes of a card sold as "12 GB"
 _LARGEST = 1 << 24  # rows; nobody trains on more in one pass
 
 # What a policy costs in exactness, which the bound on time does not see.
@@ -41,8 +43,8 @@ def parse_bytes(text: str) -> int:
 
 
 def usable_bytes(card_bytes: int) -> int:
-    """What may be allocated on a card sold with so much memory: 11.0e9 of "12 GB"."""
-    return int(card_bytes * CARD_SHARE)
+    """What may be allocated on a card sold with so much memory: context, display and fragmentation take the rest."""
+    return int(card_bytes * _CARD_SHARE)
 
 
 Choices = Mapping[str, Sequence[Any]]
@@ -131,6 +133,9 @@ class Planner:
         """Up to three changes, the least costly first, each with the peak that it leads to; all of them fit if any
         single one does."""
         choices: list[tuple[str, Workload, MemoryPolicies]] = []
+        if work.eval_batch > 1:
+            fewer = replace(work, eval_batch=work.eval_batch // 2)
+            choices.append(("half the evaluation batch", fewer, policies))
         if work.group > 1:
             fewer = replace(work, group=work.group // 2)
             choices.append(("half the group_tokens, which pass the backbone together", fewer, policies))

@@ -13,8 +13,9 @@ from engine.backbone.families import BackboneConfig, backbone_config, parse_conf
 from engine.backbone.files import CONFIG, locate, read_json
 from engine.backbone.host_memory import available_bytes
 from engine.backbone.shards import CheckpointError
-from engine.memory import GB, MemoryPlan, MemoryPolicies, Workload
+from engine.memory import MemoryPlan
 from engine.planner import Planner, parse_bytes, usable_bytes
+from engine.workload import GB, MemoryPolicies, Workload
 
 TAPS = ("device", "int8", "host")  # from the fastest to the leanest; "none" trains less and is never chosen
 GROUP_SHARE = 0.85  # of free memory for groups: the plan is off by up to a tenth, and allocators leave gaps
@@ -67,23 +68,29 @@ def free_bytes(device: torch.device | str) -> int | None:
 
 
 def place_backbone(
-    planner: Planner, work: Workload, budget: str, taps: str = "auto"
+    planner: Planner, work: Workload, budget: str, taps: str = "auto", settled: MemoryPolicies | None = None
 ) -> tuple[MemoryPlan, dict[str, Any]]:
     """The plan with which training fits a device of so much memory, and the options of `load_backbone` for it.
 
-    Head and optimizer change what is learned and stay as they are: dense, AdamW.
+    Head and optimizer change what is learned, so they are never chosen here.
 
     Args:
         planner: of the backbone and side network.
         work: what will be trained.
         budget: as a card is sold, "12GB".
         taps: "auto" or a policy.
+        settled: whose head_dtype and optimizer training has; None: the defaults.
 
     Raises:
         MemoryPlanError: nothing fits; the message says what would.
     """
     usable = usable_bytes(parse_bytes(budget))
-    choices = {"taps": tap_policies(work, taps)}
+    settled = settled or MemoryPolicies()
+    choices = {
+        "taps": tap_policies(work, taps),
+        "head_dtype": (settled.head_dtype,),
+        "optimizer": (settled.optimizer,),
+    }
     plan = planner.choose(work, usable, choices)
     if plan is None:
         leanest = planner.leanest(work, choices)
@@ -96,7 +103,7 @@ def place_backbone(
     if plan.policies.residency == "device":
         return plan, {}
     layers = plan.phases["load"]
-    return plan, {"residency": "auto", "memory_budget": layers["backbone layers"] + layers["layers in flight"]}
+    return plan, {"residency": "auto", "layer_budget": layers["backbone layers"] + layers["layers in flight"]}
 
 
 def fit_training(

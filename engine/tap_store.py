@@ -14,6 +14,8 @@ while backward works on the one above. On a CPU the same code copies within host
 
 from __future__ import annotations
 
+import functools
+import warnings
 import weakref
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -77,7 +79,7 @@ class _HostCopy:
         self._device = tensor.device
         self._side_stream = _side_stream(tensor.device) if tensor.is_cuda else None
         self._arriving: Tensor | None = None
-        self._host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+        self._host = _host_buffer(tensor)
         self._on_side_stream(lambda: self._host.copy_(tensor, non_blocking=True))
         if self._side_stream is not None:
             tensor.record_stream(self._side_stream)  # its memory is not reused before the copy has read it
@@ -107,6 +109,26 @@ class _HostCopy:
         self._side_stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._side_stream):
             return copy()
+
+
+def _host_buffer(tensor: Tensor) -> Tensor:
+    """Host memory for a copy, pinned for a GPU as far as the system allows."""
+    if tensor.is_cuda:
+        try:
+            return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        except RuntimeError as error:
+            _warn_pageable(str(error).partition("\n")[0])
+    return torch.empty(tensor.shape, dtype=tensor.dtype)
+
+
+@functools.cache
+def _warn_pageable(reason: str) -> None:
+    warnings.warn(
+        f"no more host memory could be pinned for taps ({reason}); the rest waits in pageable memory, which is copied "
+        "more slowly. Free host memory, raise the limit of the container or virtual machine, or train with taps int8",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 _side_streams: dict[torch.device, torch.cuda.Stream] = {}

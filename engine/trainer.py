@@ -17,20 +17,21 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from engine.arguments import DEFAULT_MAX_LENGTH, LadderArguments, workload
+from engine.arguments import DEFAULT_MAX_LENGTH, LadderArguments, optimizer_policy, workload
 from engine.checkpoint import load_adapter
 from engine.collator import Collator
 from engine.config import LadderConfig
-from engine.data import prepare_dataset
+from engine.data import TokenizedDataset, prepare_dataset
 from engine.dtypes import compute_dtype
 from engine.layer_major import LayerMajor
-from engine.memory import GB, MemoryPlan, Workload
+from engine.memory import MemoryPlan
 from engine.model import LadderForCausalLM
 from engine.out_of_memory import TrainingMemoryError, WholeSteps, explain, is_out_of_memory, release
 from engine.planner import Planner, parse_bytes, usable_bytes
 from engine.preflight import check_free, fit_training, free_bytes, place_backbone, policies_of, read_shape
 from engine.step_graph import CudaGraphs, StepGraphs, check_arguments
 from engine.summary import PeakMemory, StepClock
+from engine.workload import GB, MemoryPolicies, Workload
 
 
 class LadderMixin:
@@ -230,13 +231,23 @@ class LadderMixin:
         # A graph replays copies into host memory that others own by then.
         return "device" if taps == "auto" and self.step_graphs is not None else taps
 
+    def _longest_sample(self) -> int | None:
+        """Tokens of the longest sample, where all data sets were tokenized here."""
+        parts = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
+        data = [part for part in (self.train_dataset, *parts) if part is not None]
+        return (
+            max((d.longest for d in data), default=None) if all(isinstance(d, TokenizedDataset) for d in data) else None
+        )
+
     def _fit_memory(self) -> tuple[Planner, Workload, MemoryPlan]:
         """Choose what fits beside the loaded backbone; print what training will hold; raise where that is not free."""
         args, model = self.args, self.accelerator.unwrap_model(self.model)
         backbone, budget = model.backbone, getattr(args, "memory_budget", None)
         planner = Planner(backbone.config, model.ladder_config)
-        work = workload(args, backbone.device.type, backbone.dtype.itemsize)
-        loaded = replace(policies_of(backbone), optimizer="adamw_8bit" if "8bit" in args.optim else "adamw")
+        work = workload(args, backbone.device.type, backbone.dtype.itemsize, self._longest_sample())
+        if self.eval_dataset is not None:
+            work = replace(work, eval_batch=args.per_device_eval_batch_size)
+        loaded = replace(policies_of(backbone), optimizer=optimizer_policy(args))
         free = free_bytes(backbone.device)
         if budget is not None:
             is_card = backbone.device.type == "cuda"
@@ -316,7 +327,8 @@ def _load_options(source: str | Path, ladder_config: LadderConfig | None, args: 
     if budget is not None:
         planner = Planner(read_shape(source), ladder_config or LadderConfig())
         work = workload(args, args.device.type, compute_dtype(args.device).itemsize)
-        options |= place_backbone(planner, work, budget, getattr(args, "taps", "auto"))[1]
+        settled = MemoryPolicies(optimizer=optimizer_policy(args))
+        options |= place_backbone(planner, work, budget, getattr(args, "taps", "auto"), settled)[1]
     return options
 
 

@@ -20,146 +20,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ladder_kernels import native_abi as abi
 from ladder_kernels.nf4_tensors import NF4Tensors
 from ladder_kernels.reference import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from ladder_kernels.side_layer import SideLayerCall, SideLayerWeights
 
-ABI_VERSION = 4
 _SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
 LIBRARY_NAME = f"libladder_native{_SUFFIX}"
 ISAS = ("amx", "avx512bf16", "avx512", "avx2", "scalar")
-
-_DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_IN_FLOAT32_CODES = {torch.bfloat16: 3, torch.float16: 4}
-
-_pointer, _int64, _int32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
-_SIGNATURES: dict[str, tuple[list[type], type | None]] = {
-    "ladder_isa": ([], ctypes.c_char_p),
-    "ladder_isa_available": ([ctypes.c_char_p], _int32),
-    "ladder_select_isa": ([ctypes.c_char_p], _int32),
-    "ladder_dequantize_nf4": ([_pointer, _int64, _int64, _int32, _pointer, _int32], None),
-    "ladder_quantize_nf4": ([_pointer, _int32, _pointer, _int64, _int64, _pointer, _pointer, _int32], None),
-    "ladder_nf4_linear": ([_pointer, _pointer, _int32], None),
-    "ladder_cross_entropy": ([_pointer, _int32], None),
-    "ladder_rms_norm": ([_pointer, _int32], None),
-    "ladder_rotary": ([_pointer, _int32], None),
-    "ladder_swiglu": ([_pointer, _int32], None),
-    "ladder_side_layer": ([_pointer, _int32], None),
-}
-
-
-class _NF4View(ctypes.Structure):
-    """`ladder::NF4View` of csrc/kernels.h."""
-
-    _fields_ = [
-        ("packed", _pointer),
-        ("absmax", _pointer),
-        ("codebook", _pointer),
-        ("absmax_scale", _pointer),
-        ("absmax_map", _pointer),
-        ("absmax_offset", _pointer),
-        ("block_size", _int64),
-    ]
-
-
-class _Product(ctypes.Structure):
-    """`ladder::Product` of csrc/kernels.h."""
-
-    _fields_ = [
-        ("x", _pointer),
-        ("bias", _pointer),
-        ("out", _pointer),
-        ("arranged", _pointer),
-        ("tokens", _int64),
-        ("rows", _int64),
-        ("cols", _int64),
-        ("dtype", _int32),
-    ]
-
-
-class _CrossEntropy(ctypes.Structure):
-    """`ladder::CrossEntropy` of csrc/kernels.h."""
-
-    _fields_ = [
-        ("logits", _pointer),
-        ("targets", _pointer),
-        ("losses", _pointer),
-        ("rows", _int64),
-        ("vocabulary", _int64),
-        ("ignored_target", _int64),
-        ("dtype", _int32),
-        ("writes_gradient", _int32),
-    ]
-
-
-class _RmsNorm(ctypes.Structure):
-    """`ladder::RmsNorm` of csrc/kernels.h."""
-
-    _fields_ = [
-        ("x", _pointer),
-        ("weight", _pointer),
-        ("out", _pointer),
-        ("rows", _int64),
-        ("width", _int64),
-        ("x_stride", _int64),
-        ("epsilon", ctypes.c_float),
-        ("dtype", _int32),
-    ]
-
-
-class _Rotary(ctypes.Structure):
-    """`ladder::Rotary` of csrc/kernels.h."""
-
-    _fields_ = [
-        ("x", _pointer),
-        ("cos", _pointer),
-        ("sin", _pointer),
-        ("out", _pointer),
-        ("tokens", _int64),
-        ("heads", _int64),
-        ("head_dim", _int64),
-        ("x_stride", _int64),
-        ("dtype", _int32),
-    ]
-
-
-class _SwiGlu(ctypes.Structure):
-    """`ladder::SwiGlu` of csrc/kernels.h."""
-
-    _fields_ = [
-        ("gate", _pointer),
-        ("up", _pointer),
-        ("out", _pointer),
-        ("rows", _int64),
-        ("width", _int64),
-        ("gate_stride", _int64),
-        ("up_stride", _int64),
-        ("dtype", _int32),
-    ]
-
-
-class _SideLayer(ctypes.Structure):
-    """`ladder::SideLayer` of csrc/kernels.h."""
-
-    _fields_ = [
-        ("state", _pointer),
-        ("mixed", _pointer),
-        ("cos", _pointer),
-        ("sin", _pointer),
-        ("weights", 6 * _pointer),
-        ("out", _pointer),
-        ("rows", _int64),
-        ("width", _int64),
-        ("inner", _int64),
-        ("heads", _int64),
-        ("kv_heads", _int64),
-        ("head_dim", _int64),
-        ("epsilon", ctypes.c_float),
-        ("dtype", _int32),
-        ("wide_weights", _int32),
-    ]
 
 
 @dataclass(frozen=True)
@@ -235,7 +105,7 @@ def dequantize_nf4(nf4: NF4Tensors, first_row: int, out: Tensor, rounded_to: tor
         ctypes.byref(_view(nf4)),
         first_row * out.shape[1],
         out.numel(),
-        _DTYPE_CODES[out.dtype] if rounded_to is None else _IN_FLOAT32_CODES[rounded_to],
+        abi.DTYPE_CODES[out.dtype] if rounded_to is None else abi.IN_FLOAT32_CODES[rounded_to],
         out.data_ptr(),
         torch.get_num_threads(),
     )
@@ -247,14 +117,14 @@ def nf4_linear(x: Tensor, bias: Tensor | None, nf4: NF4Tensors, scratch: Tensor,
     Checked, contiguous CPU tensors; K and the block size are multiples of 64; scratch as in `launch.linear_plan`. The
     sums are in fp32 and do not depend on the number of threads.
     """
-    product = _Product(
+    product = abi.Product(
         x.data_ptr(),
         None if bias is None else bias.data_ptr(),
         out.data_ptr(),
         scratch.data_ptr(),
         *out.shape,
         x.shape[1],
-        _DTYPE_CODES[x.dtype],
+        abi.DTYPE_CODES[x.dtype],
     )
     _library().ladder_nf4_linear(ctypes.byref(_view(nf4)), ctypes.byref(product), torch.get_num_threads())
 
@@ -265,13 +135,13 @@ def cross_entropy(logits: Tensor, targets: Tensor, need_grad: bool) -> Tensor:
     Targets outside of [0, V) that are not IGNORE_INDEX would be read as addresses.
     """
     losses = torch.empty(logits.shape[0], dtype=torch.float32, device=logits.device)
-    problem = _CrossEntropy(
+    problem = abi.CrossEntropy(
         logits.data_ptr(),
         targets.data_ptr(),
         losses.data_ptr(),
         *logits.shape,
         IGNORE_INDEX,
-        _DTYPE_CODES[logits.dtype],
+        abi.DTYPE_CODES[logits.dtype],
         need_grad,
     )
     _library().ladder_cross_entropy(ctypes.byref(problem), torch.get_num_threads())
@@ -281,8 +151,8 @@ def cross_entropy(logits: Tensor, targets: Tensor, need_grad: bool) -> Tensor:
 def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """`reference.rms_norm` of [R, D] with contiguous rows and weight."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    call = _RmsNorm(
-        x.data_ptr(), weight.data_ptr(), out.data_ptr(), *x.shape, x.stride(0), epsilon, _DTYPE_CODES[x.dtype]
+    call = abi.RmsNorm(
+        x.data_ptr(), weight.data_ptr(), out.data_ptr(), *x.shape, x.stride(0), epsilon, abi.DTYPE_CODES[x.dtype]
     )
     _library().ladder_rms_norm(ctypes.byref(call), torch.get_num_threads())
     return out
@@ -291,8 +161,8 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`reference.rotary` of [T, H, d] with contiguous tokens and tables."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    call = _Rotary(
-        x.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr(), *x.shape, x.stride(0), _DTYPE_CODES[x.dtype]
+    call = abi.Rotary(
+        x.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr(), *x.shape, x.stride(0), abi.DTYPE_CODES[x.dtype]
     )
     _library().ladder_rotary(ctypes.byref(call), torch.get_num_threads())
     return out
@@ -300,14 +170,14 @@ def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def swiglu(gate: Tensor, up: Tensor, out: Tensor) -> Tensor:
     """`reference.swiglu` of [R, F] with contiguous rows, into contiguous `out`, which may be gate."""
-    call = _SwiGlu(
+    call = abi.SwiGlu(
         gate.data_ptr(),
         up.data_ptr(),
         out.data_ptr(),
         *gate.shape,
         gate.stride(0),
         up.stride(0),
-        _DTYPE_CODES[gate.dtype],
+        abi.DTYPE_CODES[gate.dtype],
     )
     _library().ladder_swiglu(ctypes.byref(call), torch.get_num_threads())
     return out
@@ -319,7 +189,7 @@ def side_layer(state: Tensor, weights: SideLayerWeights, call: SideLayerCall) ->
     inner, dtype = weights.mlp_out.shape[1], state.dtype
     rotated = torch.empty(tokens, heads + 2 * kv_heads, head_dim, dtype=dtype, device=state.device)
     out = torch.empty(tokens, width, dtype=dtype, device=state.device)
-    arguments = _SideLayer(
+    arguments = abi.SideLayer(
         state.data_ptr(),
         None,
         call.cos.data_ptr(),
@@ -333,7 +203,7 @@ def side_layer(state: Tensor, weights: SideLayerWeights, call: SideLayerCall) ->
         kv_heads,
         head_dim,
         epsilon,
-        _DTYPE_CODES[dtype],
+        abi.DTYPE_CODES[dtype],
         weights.qkv.dtype != dtype,
     )
     threads = torch.get_num_threads()
@@ -351,7 +221,7 @@ def quantize_nf4(weight: Tensor, thresholds: Tensor, block_size: int) -> tuple[T
     absmax = torch.empty(-(-count // block_size), dtype=torch.float32, device=weight.device)
     _library().ladder_quantize_nf4(
         weight.data_ptr(),
-        _DTYPE_CODES[weight.dtype],
+        abi.DTYPE_CODES[weight.dtype],
         thresholds.data_ptr(),
         count,
         block_size,
@@ -362,9 +232,9 @@ def quantize_nf4(weight: Tensor, thresholds: Tensor, block_size: int) -> tuple[T
     return packed, absmax
 
 
-def _view(nf4: NF4Tensors) -> _NF4View:
+def _view(nf4: NF4Tensors) -> abi.NF4View:
     packed, absmax, codebook, absmax_scale, absmax_map, absmax_offset, block_size = nf4
-    return _NF4View(
+    return abi.NF4View(
         packed.data_ptr(),
         absmax.data_ptr(),
         codebook.data_ptr(),
@@ -396,14 +266,16 @@ def _load() -> _Loaded:
         return _Loaded(None, None, f"no native library, {source} (looked for {places}): {hint}{ignored}")
     try:
         library = ctypes.CDLL(str(path))
-        library.ladder_abi_version.restype = _int32
+        library.ladder_abi_version.restype = ctypes.c_int32
         version = library.ladder_abi_version()
     except (OSError, AttributeError) as error:
         return _Loaded(None, None, f"the native library {path} does not load: {error}")
-    if version != ABI_VERSION:
-        reason = f"the native library {path} has ABI version {version}, expected {ABI_VERSION}: reinstall the package"
+    if version != abi.ABI_VERSION:
+        reason = (
+            f"the native library {path} has ABI version {version}, expected {abi.ABI_VERSION}: reinstall the package"
+        )
         return _Loaded(None, None, reason)
-    for name, (argtypes, restype) in _SIGNATURES.items():
+    for name, (argtypes, restype) in abi.SIGNATURES.items():
         function = getattr(library, name, None)
         if function is None:
             return _Loaded(None, None, f"the native library {path} lacks {name}: reinstall the package")

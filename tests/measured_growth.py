@@ -10,8 +10,9 @@ from benchmarks.shapes import ModelShape, model_shape
 from engine.backbone.families import backbone_config
 from engine.collator import Collator
 from engine.config import LadderConfig
-from engine.memory import Workload, plan_memory
+from engine.memory import plan_memory
 from engine.model import LadderForCausalLM
+from engine.workload import Workload
 
 SHAPE = ModelShape("qwen2", 1024, 3072, 6, 16, 4, 64, 8192, False, 4096, 1e-6, 1e6)
 TOKENS = 1024

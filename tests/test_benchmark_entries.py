@@ -142,7 +142,7 @@ def test_models_built_in_memory_are_those_of_the_checkpoint(context: Context) ->
     for placement in (
         Placement(),
         Placement("host"),
-        Placement("auto", memory_budget=3 * packed_nbytes(loaded.blocks[0])),
+        Placement("auto", layer_budget=3 * packed_nbytes(loaded.blocks[0])),
     ):
         built = models.random_backbone(shape, context.device, placement=placement)
         assert bool(built.layers.host_nbytes) == (not placement.is_direct)

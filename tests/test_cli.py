@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 
 from engine import LadderForCausalLM
 from engine.cli import app
-from engine.finetune import check_output
+from engine.finetune import _arguments, check_output
 from engine.options import TrainOptions, read_options_file, with_values
 from engine.quickstart import defaults
 from engine.summary import PeakMemory, StepClock
@@ -94,6 +94,17 @@ def test_quickstart(quickstart: None, tmp_path: Path) -> None:
     model = LadderForCausalLM.from_pretrained(folder)
     assert sum(p.numel() for p in model.parameters()) == summary["trainable_parameters"]
     assert model.ladder_config.reduction_factor == defaults.QUICKSTART.reduction_factor
+
+
+def test_leaner_policies(quickstart: None, tmp_path: Path) -> None:
+    """Taps, head and optimizer as asked for, in the plan and in what is trained."""
+    folder, lean = tmp_path / "out", ("--taps", "int8", "--head-dtype", "int8")
+    result = ladder("train", "--steps", 1, "--output", folder, *lean)
+    assert result.exit_code == 0, result.output
+    assert "taps as int8; head int8; embedding on the host; adamw" in result.output
+    assert LadderForCausalLM.from_pretrained(folder).backbone.head_dtype == "int8"
+    arguments = _arguments(TrainOptions(optimizer="adamw_8bit", taps="none"), "cpu")
+    assert (arguments.optim, arguments.taps) == ("adamw_torch_8bit", "none")
 
 
 def test_shipped_quickstart(tmp_path: Path) -> None:
@@ -217,10 +228,20 @@ def test_config_files_of_both_kinds_and_their_precedence(tmp_path: Path) -> None
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("steps", 0), ("batch_size", 0), ("reduction_factor", 0), ("max_length", 1), ("learning_rate", 0.0), ("seed", -1)],
+    [
+        ("steps", 0),
+        ("batch_size", 0),
+        ("reduction_factor", 0),
+        ("max_length", 1),
+        ("learning_rate", 0.0),
+        ("seed", -1),
+        ("taps", "disk"),
+        ("head_dtype", "fp8"),
+        ("optimizer", "sgd"),
+    ],
 )
-def test_option_ranges(name: str, value: float) -> None:
-    with pytest.raises(ValueError, match=f"`{name}` is {value}; expected"):
+def test_option_ranges(name: str, value: float | str) -> None:
+    with pytest.raises(ValueError, match=f"`{name}` is {value!r}; expected"):
         TrainOptions(**{name: value})
 
 

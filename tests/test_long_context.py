@@ -23,7 +23,8 @@ from transformers import Qwen2Config
 from engine.backbone import Backbone, chunks, load_backbone
 from engine.backbone.chunks import by_rows, chunk_tokens
 from engine.backbone.families import backbone_config, expected_tensors
-from engine.backbone.loader import assemble
+from engine.backbone.loader import assemble_block, with_layers
+from engine.backbone.residency import Layers
 from engine.sequence import SequenceLayout
 from ladder_kernels import NF4Weight, attention
 
@@ -62,7 +63,8 @@ def fake_backbone(mode: FakeTensorMode, **differences: Any) -> Backbone:
                 loaded[name] = NF4Weight(packed, absmax, torch.empty(16), (rows, cols), torch.bfloat16)
             else:
                 loaded[name] = torch.empty(expected.shape, dtype=torch.bfloat16)
-    return Backbone(config, hf_config, *assemble(config, loaded))
+    layers = Layers([assemble_block(config, index, loaded) for index in range(config.num_layers)], torch.device("cpu"))
+    return Backbone(config, hf_config, *with_layers(config, loaded, layers))
 
 
 def peak_of_pass(backbone: Backbone, tokens: int) -> int:

@@ -14,18 +14,23 @@ import torch
 from checkpoints import tiny_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_long_context import LiveBytes
 from typer.testing import CliRunner
 
+from benchmarks.models import random_backbone
 from benchmarks.shapes import SHAPES, ModelShape
 from benchmarks.tracked_step import track_ladder
 from engine import LadderArguments, LadderConfig, LadderForCausalLM, LadderTrainer, load_backbone
 from engine.backbone.families import BackboneConfig, backbone_config
 from engine.cards import CARDS, break_even_tokens, step_work
 from engine.cli import app
-from engine.memory import GB, MemoryPolicies, Workload, plan_memory
+from engine.collator import Collator
+from engine.memory import plan_memory
 from engine.planner import Planner, largest, parse_bytes, usable_bytes
 from engine.preflight import MemoryPlanError, check_free, read_shape
 from engine.sizes import layer_bytes, side_parameters
+from engine.workload import GB, MemoryPolicies, Workload
+from ladder_kernels import native
 
 QWEN = ModelShape("qwen2", 512, 1408, 3, 8, 2, 64, 8192, False, 4096, 1e-6, 1e6)
 LLAMA = ModelShape("llama", 512, 1024, 4, 8, 8, 64, 8192, True, 4096, 1e-6, 1e4)
@@ -148,6 +153,38 @@ def test_the_promised_peaks_are_planned() -> None:
         (THIRTY_TWO_B, 2048, lean, 8.0),
     ):
         assert plan_memory(shape, CONFIG, Workload(tokens), policies).peak_bytes <= limit * GB
+
+
+@pytest.mark.parametrize(("tokens", "batch"), [(512, 1), (300, 4)])
+@pytest.mark.parametrize("preset", ["ladder", "qst"])
+def test_an_evaluation_holds_what_was_planned(
+    preset: str, tokens: int, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Storages that live at the peak of a pass without gradients, of everything but weights, within 5 %."""
+    monkeypatch.setattr(native, "available", lambda: False)  # under a dispatch mode plain torch computes
+    config = LadderConfig.preset(preset, reduction_factor=4)
+    model = LadderForCausalLM.from_backbone(random_backbone(QWEN, torch.device("cpu")), config).eval()
+    samples = [{"input_ids": torch.randint(QWEN.vocab_size, (tokens,))} for _ in range(batch)]
+    inputs = Collator()(samples)
+    with torch.no_grad(), LiveBytes() as live:
+        for _ in range(2):  # scratch is kept from pass to pass
+            model(**inputs, num_items_in_batch=1)
+    work = Workload(tokens, device_type="cpu", itemsize=4, eval_batch=batch)
+    phase = plan_memory(model.backbone.config, config, work).phases["evaluation"]
+    planned = sum(phase[part] for part in ("scratch", "side states", "activations"))
+    assert planned == pytest.approx(live.peak, rel=0.05)
+
+
+def test_evaluation_counts_where_it_needs_more_than_training() -> None:
+    work = Workload(256, eval_batch=64)
+    plan = plan_memory(SEVEN_B, CONFIG, work)
+    assert plan.peak_phase == "evaluation"
+    assert (
+        Planner(SEVEN_B, CONFIG)
+        .remedies(work, plan.policies, plan.peak_bytes)[0]
+        .startswith("half the evaluation batch")
+    )
+    assert "evaluation" not in plan_memory(SEVEN_B, CONFIG, Workload(256)).phases
 
 
 def test_gradients_count_during_the_passes_when_accumulated() -> None:

@@ -18,6 +18,7 @@ from conftest import require_native
 from numerics import assert_same_bits
 
 from ladder_kernels import NF4Weight, dequantize_nf4, native, nf4_linear, quantize_nf4
+from ladder_kernels import native_abi as abi
 from ladder_kernels.nf4 import NF4_CODES
 
 # Set by test_native_build.py, whose build computes the paths of missing units with AVX-512.
@@ -99,7 +100,7 @@ def test_file_that_is_no_library(fresh, tmp_path):
 def test_other_abi_version_is_refused(fresh):
     require_native()
     native._load.cache_clear()
-    fresh.setattr(native, "ABI_VERSION", 999)
+    fresh.setattr(abi, "ABI_VERSION", 999)
     status = native.status()
     assert status.implementation == "reference" and "expected 999: reinstall" in status.reason
 
@@ -107,7 +108,7 @@ def test_other_abi_version_is_refused(fresh):
 def test_library_without_a_function_is_refused(fresh):
     require_native()
     native._load.cache_clear()
-    fresh.setitem(native._SIGNATURES, "ladder_no_such", ([], None))
+    fresh.setitem(abi.SIGNATURES, "ladder_no_such", ([], None))
     assert "lacks ladder_no_such: reinstall" in native.status().reason
 
 
@@ -231,7 +232,7 @@ def test_exported_symbols_are_the_abi_only():
     # Type T: strong code symbols. Templates of the C++ runtime may be exported weakly.
     symbols = [line.split() for line in output.splitlines()]
     names = {symbol[-1] for symbol in symbols if symbol[-2] == "T"}
-    assert names == {"ladder_abi_version", *native._SIGNATURES}
+    assert names == {"ladder_abi_version", *abi.SIGNATURES}
 
 
 def test_default_device_does_not_move_the_outputs():

@@ -6,12 +6,13 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import torch
 from checkpoints import tiny_checkpoint
+from ladders import ladder_model
 from test_memory_plan import CONFIG, SEVEN_B, THIRTY_TWO_B
 
 from engine import LadderArguments, LadderTrainer
 from engine.backbone import load_backbone
-from engine.memory import GB, MemoryPolicies, Workload
 from engine.planner import Planner
 from engine.preflight import (
     GROUP_SHARE,
@@ -23,6 +24,7 @@ from engine.preflight import (
     read_shape,
     tap_policies,
 )
+from engine.workload import GB, MemoryPolicies, Workload
 
 PLANNER = Planner(SEVEN_B, CONFIG)
 WORK = Workload(2048, accumulation=8)
@@ -70,9 +72,40 @@ def test_a_budget_says_where_layers_go() -> None:
     assert place_backbone(PLANNER, WORK, "24GB")[1] == {}
     plan, options = place_backbone(Planner(THIRTY_TWO_B, CONFIG), WORK, "12GB")
     assert plan.policies.residency == "host" and plan.peak_bytes <= 11 * GB
-    assert options["residency"] == "auto" and 0 < options["memory_budget"] < 11 * GB
+    assert options["residency"] == "auto" and 0 < options["layer_budget"] < 11 * GB
     with pytest.raises(MemoryPlanError, match=r"memory_budget 1GB: of it 0\.92 GB can be used.*\n.*: \d+\.\d\d GB"):
         place_backbone(PLANNER, WORK, "1GB")
+
+
+def test_a_budget_is_met_with_the_head_and_the_optimizer_as_they_are() -> None:
+    settled = MemoryPolicies(head_dtype="nf4", optimizer="adamw_8bit")
+    plan, _ = place_backbone(PLANNER, WORK, "6GB", settled=settled)
+    assert (plan.policies.head_dtype, plan.policies.optimizer) == ("nf4", "adamw_8bit")
+    dense, _ = place_backbone(PLANNER, WORK, "6GB")
+    assert (dense.policies.head_dtype, dense.policies.optimizer) == ("dense", "adamw")
+    assert plan.policies.resident_layers > dense.policies.resident_layers or plan.policies.residency == "device"
+
+
+def test_training_is_planned_for_the_longest_sample(tmp_path: Path) -> None:
+    model = ladder_model()
+    args = LadderArguments(output_dir=str(tmp_path), use_cpu=True, max_length=1024, per_device_eval_batch_size=2)
+    rows = [{"input_ids": list(range(1, n)), "labels": list(range(1, n))} for n in (9, 31, 14)]
+    trainer = LadderTrainer(model, args, train_dataset=rows[:1], eval_dataset={"a": rows[1:], "b": rows[:1]})
+    _, work, _ = trainer._fit_memory()
+    assert (work.tokens, work.eval_batch) == (30, 2)
+    trainer = LadderTrainer(model, args, train_dataset=Raw())
+    _, work, _ = trainer._fit_memory()
+    assert (work.tokens, work.eval_batch) == (1024, 0)
+
+
+class Raw(torch.utils.data.Dataset):
+    """Samples of which nobody knows the lengths."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": torch.arange(1, 9), "labels": torch.arange(1, 9)}
 
 
 @pytest.mark.parametrize("layers", [0, 1])
@@ -90,9 +123,16 @@ def test_the_loader_keeps_as_many_layers_as_were_planned(tmp_path: Path, layers:
 
 @pytest.mark.parametrize(
     ("options", "message"),
-    [({"taps": "disk"}, "taps must be one of device, int8, host, none"), ({"memory_budget": "much"}, "such as 12GB")],
+    [
+        ({"taps": "disk"}, "taps must be one of device, int8, host, none"),
+        ({"memory_budget": "much"}, "such as 12GB"),
+        ({"optim": "adamw_torch_8bit"}, r"needs torchao: pip install 'ladder-engine\[adamw8bit\]'"),
+    ],
 )
-def test_wrong_arguments_are_explained(tmp_path: Path, options: dict[str, str], message: str) -> None:
+def test_wrong_arguments_are_explained(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, str], message: str
+) -> None:
+    monkeypatch.setattr("engine.arguments.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=message):
         LadderArguments(output_dir=str(tmp_path), use_cpu=True, **options)  # type: ignore[arg-type]
 

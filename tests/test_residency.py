@@ -75,17 +75,17 @@ PLACEMENTS: dict[str, dict[str, Any]] = {
     "host-1": {"residency": "host"},
     "host-2": {"residency": "host", "prefetch": 2},
     # All but what is resident passes through two or three staging buffers.
-    "1-resident": {"residency": "auto", "memory_budget": 3},
-    "1-resident-2": {"residency": "auto", "memory_budget": 4, "prefetch": 2},
-    "all-resident": {"residency": "auto", "memory_budget": 4},
+    "1-resident": {"residency": "auto", "layer_budget": 3},
+    "1-resident-2": {"residency": "auto", "layer_budget": 4, "prefetch": 2},
+    "all-resident": {"residency": "auto", "layer_budget": 4},
 }
 
 
 def streamed_backbone(placement: str, family: str = "qwen2") -> Backbone:
     """A tiny backbone; budgets are in layers."""
     arguments = dict(PLACEMENTS[placement])
-    if "memory_budget" in arguments:
-        arguments["memory_budget"] *= layer_nbytes(family)
+    if "layer_budget" in arguments:
+        arguments["layer_budget"] *= layer_nbytes(family)
     return load_backbone(checkpoint_folder(family), dtype=torch.float32, **arguments)
 
 
@@ -318,7 +318,7 @@ def test_a_budget_is_kept_and_used(sizes: list[int], budget: int, prefetch: int)
         assert residency._num_streamed(sizes, budget, prefetch) == fitting[0]
     else:
         with pytest.raises(
-            ValueError, match=f"memory_budget {budget:,} bytes is too small: .* needs {needed(len(sizes)):,}"
+            ValueError, match=f"layer_budget {budget:,} bytes is too small: .* needs {needed(len(sizes)):,}"
         ):
             residency._num_streamed(sizes, budget, prefetch)
 
@@ -333,23 +333,23 @@ def test_streamed_layers_are_spread(total: int, count: int) -> None:
 @pytest.mark.parametrize("layers", [2, 3, 4])
 def test_bytes_on_the_device_stay_within_the_budget(layers: int) -> None:
     backbone = load_backbone(
-        checkpoint_folder(), dtype=torch.float32, residency="auto", memory_budget=layers * layer_nbytes()
+        checkpoint_folder(), dtype=torch.float32, residency="auto", layer_budget=layers * layer_nbytes()
     )
     resident = {2: 0, 3: 1, 4: 4}[layers]
     assert backbone.layers.device_nbytes <= layers * layer_nbytes()
     assert backbone.layers.host_nbytes == (NUM_LAYERS - resident) * layer_nbytes()
-    with pytest.raises(ValueError, match=r"memory_budget .* is too small"):
-        load_backbone(checkpoint_folder(), dtype=torch.float32, residency="auto", memory_budget=layer_nbytes())
+    with pytest.raises(ValueError, match=r"layer_budget .* is too small"):
+        load_backbone(checkpoint_folder(), dtype=torch.float32, residency="auto", layer_budget=layer_nbytes())
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"residency": "disk"}, "residency: expected one of device, host, auto, got 'disk'"),
-        ({"residency": "auto"}, "residency 'auto' and memory_budget belong together"),
-        ({"memory_budget": 10**9}, "residency 'auto' and memory_budget belong together"),
-        ({"residency": "auto", "memory_budget": 0}, "memory_budget: expected a number of bytes, got 0"),
-        ({"residency": "auto", "memory_budget": 1e9}, "memory_budget: expected a number of bytes, got 1000000000.0"),
+        ({"residency": "auto"}, "residency 'auto' and layer_budget belong together"),
+        ({"layer_budget": 10**9}, "residency 'auto' and layer_budget belong together"),
+        ({"residency": "auto", "layer_budget": 0}, "layer_budget: expected a number of bytes, got 0"),
+        ({"residency": "auto", "layer_budget": 1e9}, "layer_budget: expected a number of bytes, got 1000000000.0"),
         ({"residency": "host", "prefetch": 3}, "prefetch: expected 1 or 2 layers, got 3"),
         ({"residency": "host", "prefetch": True}, "prefetch: expected 1 or 2 layers, got True"),
     ],

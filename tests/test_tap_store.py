@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from typing import Any
 
 import pytest
 import torch
@@ -97,6 +98,27 @@ def test_other_tensors_are_saved_as_they_are() -> None:
     assert out.grad_fn is not None
     saved = {t.data_ptr() for t in out.grad_fn.saved_tensors if t is not None}  # type: ignore[attr-defined]
     assert {weight.data_ptr(), state.data_ptr(), gate.data_ptr()} <= saved and hidden.data_ptr() not in saved
+
+
+def test_memory_that_cannot_be_pinned_is_pageable_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    class OnGpu:
+        is_cuda, shape, dtype = True, torch.Size((3, 4)), torch.float16
+
+    empty = torch.empty
+
+    def refuses_pinning(*arguments: Any, pin_memory: bool = False, **options: Any) -> Tensor:
+        if pin_memory:
+            raise RuntimeError("CUDA error: out of memory\nhost allocation failed")
+        return empty(*arguments, **options)
+
+    monkeypatch.setattr(torch, "empty", refuses_pinning)
+    tap_store._warn_pageable.cache_clear()
+    with pytest.warns(
+        RuntimeWarning, match=r"no more host memory.*taps \(CUDA error: out of memory\); .*taps int8"
+    ) as said:
+        buffers = [tap_store._host_buffer(OnGpu()) for _ in range(3)]  # type: ignore[arg-type]
+    assert len(said) == 1
+    assert all(buffer.shape == (3, 4) and buffer.dtype == torch.float16 for buffer in buffers)
 
 
 def test_policies_are_checked() -> None:

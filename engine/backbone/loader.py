@@ -107,7 +107,7 @@ def load_backbone(
     device: torch.device | str = "cpu",
     revision: str | None = None,
     residency: str = "device",
-    memory_budget: int | None = None,
+    layer_budget: int | None = None,
     prefetch: int = 1,
     packed_cache: str | Path | None = None,
     head_dtype: str = "dense",
@@ -124,9 +124,9 @@ def load_backbone(
         device: where the backbone computes.
         revision: branch, tag or commit of a hub id.
         residency: "device" keeps all layers there; "host" keeps them in host memory, pinned for a GPU, and streams each
-            to the device while the one before computes; "auto" keeps as many there as fit `memory_budget`. All
+            to the device while the one before computes; "auto" keeps as many there as fit `layer_budget`. All
             compute the same bits.
-        memory_budget: bytes on the device for the layers, staging buffers included, with "auto".
+        layer_budget: bytes on the device for the layers, staging buffers included, with "auto".
         prefetch: how many layers are fetched ahead, 1 or 2; there is one staging buffer more.
         packed_cache: a file that the packed layers are written to, once, and mapped from: the next load does not
             quantize, streamed layers need no memory of their own, and processes share what is in memory of it. Mapped
@@ -141,7 +141,7 @@ def load_backbone(
             asked; the message names the file and the tensor.
     """
     device = torch.device(device)
-    placement = Placement(residency, memory_budget, prefetch, None if packed_cache is None else Path(packed_cache))
+    placement = Placement(residency, layer_budget, prefetch, None if packed_cache is None else Path(packed_cache))
     dtype = compute_dtype(device) if dtype is None else dtype
     if dtype not in COMPUTE_DTYPES:
         raise ValueError(f"dtype: expected one of {', '.join(map(str, COMPUTE_DTYPES))}, got {dtype}")
@@ -363,12 +363,6 @@ def _require_finite(tensor: Tensor, label: str) -> None:
         low, high = tensor.aminmax()
         if not bool(torch.isfinite(low) & torch.isfinite(high)):
             raise CheckpointError(f"{label}: holds non-finite values (NaN or infinity)")
-
-
-def assemble(config: BackboneConfig, loaded: dict[str, HeadWeight]) -> tuple[Tensor, Layers, Tensor, Tensor]:
-    """Embedding, resident layers, final norm weight and head from all tensors by their names in a checkpoint."""
-    blocks = [assemble_block(config, index, loaded) for index in range(config.num_layers)]
-    return with_layers(config, loaded, Layers(blocks, blocks[0].attention_norm.device))
 
 
 def with_layers(

@@ -42,7 +42,7 @@ class Placement:
     """
 
     residency: str = "device"
-    memory_budget: int | None = None
+    layer_budget: int | None = None
     prefetch: int = 1
     packed_cache: Path | None = None
 
@@ -51,14 +51,14 @@ class Placement:
             raise ValueError(f"residency: expected one of {', '.join(RESIDENCIES)}, got {self.residency!r}")
         if type(self.prefetch) is not int or self.prefetch not in (1, 2):
             raise ValueError(f"prefetch: expected 1 or 2 layers, got {self.prefetch!r}")
-        budget = self.memory_budget
+        budget = self.layer_budget
         if (self.residency == "auto") != (budget is not None):
             raise ValueError(
-                "residency 'auto' and memory_budget belong together: expected the bytes that layers may take on the "
+                "residency 'auto' and layer_budget belong together: expected the bytes that layers may take on the "
                 f"device with 'auto' and none otherwise, got residency {self.residency!r} with {budget!r}"
             )
         if budget is not None and (type(budget) is not int or budget < 1):
-            raise ValueError(f"memory_budget: expected a number of bytes, got {budget!r}")
+            raise ValueError(f"layer_budget: expected a number of bytes, got {budget!r}")
 
     @property
     def is_direct(self) -> bool:
@@ -277,9 +277,9 @@ def place(packed: list[PackedBlock], device: torch.device, placement: Placement)
     Raises:
         ValueError: the budget is smaller than the staging buffers.
     """
-    if placement.memory_budget is not None:
+    if placement.layer_budget is not None:
         sizes = [layer.buffer.nbytes for layer in packed]
-        num_streamed = _num_streamed(sizes, placement.memory_budget, placement.prefetch)
+        num_streamed = _num_streamed(sizes, placement.layer_budget, placement.prefetch)
     else:
         num_streamed = len(packed) if placement.residency == "host" else 0
     streamed = set(_spread(num_streamed, len(packed)))
@@ -310,6 +310,6 @@ def _num_streamed(sizes: Sequence[int], budget: int, prefetch: int) -> int:
         if resident + staging <= budget:
             return count
     raise ValueError(
-        f"memory_budget {budget:,} bytes is too small: streaming with prefetch={prefetch} needs {staging:,} bytes for "
+        f"layer_budget {budget:,} bytes is too small: streaming with prefetch={prefetch} needs {staging:,} bytes for "
         f"{min(prefetch + 1, len(sizes))} staging buffers, all layers resident {sum(sizes):,}"
     )
