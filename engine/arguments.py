@@ -14,6 +14,7 @@ from engine.workload import Workload
 
 DEFAULT_MAX_LENGTH = 1024
 DEFAULT_LEARNING_RATE = 3e-3
+DEFAULT_MAX_SKIPPED_STEPS = 5
 
 
 @dataclass
@@ -60,12 +61,18 @@ class LadderArguments(TrainingArguments):
             "streamed as far as that needs. Default: what is free."
         },
     )
+    max_skipped_steps: int = field(
+        default=DEFAULT_MAX_SKIPPED_STEPS,
+        metadata={"help": "Steps in a row left out for a gradient that is not finite before training stops."},
+    )
     ignore_memory_plan: bool = field(default=False, metadata={"help": "Start even where the plan exceeds free memory."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.max_length < 2:
             raise ValueError(f"max_length is {self.max_length}; expected at least 2 tokens")
+        if self.max_skipped_steps < 1:
+            raise ValueError(f"max_skipped_steps is {self.max_skipped_steps}; expected at least 1")
         if self.taps != "auto":
             check_tap_policy(self.taps)
         if self.memory_budget is not None:

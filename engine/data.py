@@ -11,6 +11,7 @@ fills it is an error, because nothing of that sample could be learned.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
@@ -73,6 +74,13 @@ class TokenizedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         labels = torch.where(torch.from_numpy(self._learned[rows]), ids, IGNORE_INDEX)
         labels[0] = IGNORE_INDEX
         return {"input_ids": ids, "labels": labels}
+
+    def digest(self) -> str:
+        """sha256 of all tokens, masks and lengths."""
+        state = hashlib.sha256()
+        for array in (self._ids, self._learned, self._ends):
+            state.update(np.ascontiguousarray(array).data)
+        return state.hexdigest()
 
     @property
     def longest(self) -> int:

@@ -17,12 +17,15 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from engine.arguments import DEFAULT_MAX_LENGTH, LadderArguments, optimizer_policy, workload
+from engine.arguments import DEFAULT_MAX_LENGTH, DEFAULT_MAX_SKIPPED_STEPS, LadderArguments, optimizer_policy, workload
 from engine.checkpoint import load_adapter
+from engine.checkpointing import CrashSafeCheckpoints
 from engine.collator import Collator
 from engine.config import LadderConfig
 from engine.data import TokenizedDataset, prepare_dataset
 from engine.dtypes import compute_dtype
+from engine.guards import SKIPPED_FILE, GuardedStep, SpikeWatch
+from engine.interruption import EvaluationInterrupted, Interruption
 from engine.layer_major import LayerMajor
 from engine.memory import MemoryPlan
 from engine.model import LadderForCausalLM
@@ -34,7 +37,7 @@ from engine.summary import PeakMemory, StepClock
 from engine.workload import GB, MemoryPolicies, Workload
 
 
-class LadderMixin:
+class LadderMixin(CrashSafeCheckpoints):
     """What a Trainer needs to train a `LadderForCausalLM`; goes in front of `Trainer` (or a subclass of it).
 
     The loss of an optimizer step is the sum over all its supervised tokens divided by their number, however they are
@@ -93,6 +96,11 @@ class LadderMixin:
         self.layer_major = LayerMajor(1)
         self._whole_steps: WholeSteps | None = None
         self._logged = (0, 0.0)
+        self._step_losses: list[Tensor] = []
+        self._step_samples: list[Any] = []
+        self._spikes = SpikeWatch()
+        self.interruption = Interruption(self)
+        self.add_callback(self.interruption)
         self._eval_total = torch.zeros(2, dtype=torch.float64)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
@@ -134,12 +142,16 @@ class LadderMixin:
         stepping = getattr(optimizer, "optimizer", optimizer)  # without accelerate's wrapper
         if self._whole_steps is None or self._whole_steps.optimizer is not stepping:
             self._whole_steps = WholeSteps(stepping)
+            limit = getattr(self.args, "max_skipped_steps", DEFAULT_MAX_SKIPPED_STEPS)
+            record = Path(self.args.output_dir) / SKIPPED_FILE
+            self.guarded_step = GuardedStep(stepping, limit, self._step_loss, self._describe_step, record)
         self._whole_steps.undo()  # where auto_find_batch_size starts over in the middle of a step
         return optimizer
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Tensor | int | None]:
         """The stock micro-batches of the next step, which then pass the backbone together."""
         batches, num_items = super().get_batch_samples(*args, **kwargs)
+        self._step_losses, self._step_samples = [], [batch.pop("sample_ids", None) for batch in batches]
         # DDP hooks into one forward per backward, and a graph is of one micro-batch.
         is_alone = self.accelerator.num_processes == 1 and self.step_graphs is None
         self.layer_major.begin(batches if is_alone else ())
@@ -153,19 +165,32 @@ class LadderMixin:
         stock_step = super().training_step
         if self.step_graphs is None:
             passed = self.layer_major.take(self.accelerator.unwrap_model(model), inputs, self._prepare_inputs)
-            return stock_step(model, {**inputs, "passed": passed}, num_items_in_batch)
+            loss = stock_step(model, {**inputs, "passed": passed}, num_items_in_batch)
+            self._step_losses.append(loss)
+            return loss
         # What the stock step does before its first kernel, which a replay would leave out.
         model.train()
         if callable(getattr(self.optimizer, "train", None)):
             self.optimizer.train()
         batch = {**self._prepare_inputs(inputs), "num_items_in_batch": num_items_in_batch}
-        return self.step_graphs(lambda batch: stock_step(model, *_without_count(batch)), batch)
+        loss = self.step_graphs(lambda batch: stock_step(model, *_without_count(batch)), batch)
+        self._step_losses.append(loss)
+        return loss
+
+    def _step_loss(self) -> Tensor:
+        """The loss of the step that is about to be taken; processes agree on its gradient, not on this."""
+        if self.args.world_size > 1 or not self._step_losses:
+            return torch.zeros((), device=self.args.device)
+        return torch.stack([loss.detach().float() for loss in self._step_losses]).sum()
+
+    def _describe_step(self) -> dict[str, Any]:
+        return {"step": self.state.global_step + 1, "samples": self._step_samples, "process": self.args.process_index}
 
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor, None, None]:
         """Mean loss of one batch; its sum and number of tokens are added to the evaluation's totals."""
-        inputs = self._prepare_inputs(inputs)
+        inputs = self._prepare_inputs({name: value for name, value in inputs.items() if name != "sample_ids"})
         with torch.no_grad():
             outputs = model(**inputs, num_items_in_batch=1)
         self._eval_total += torch.stack((outputs.loss.double(), outputs.num_supervised.double()))
@@ -193,10 +218,13 @@ class LadderMixin:
         Raises:
             MemoryPlanError: it would need more memory than is free, and `ignore_memory_plan` is not set.
             TrainingMemoryError: memory ran out all the same; the model is as the last whole step left it.
+            DivergedError: too many gradients in a row were not finite; the weights are from before them.
+            CheckpointError: there is nothing to resume from, or it would not go on as it was.
+            SystemExit: SIGTERM (status 143) or SIGINT (130), after a checkpoint.
         """
         planner, work, plan = self._fit_memory()
         try:
-            output = super().train(*args, **kwargs)
+            output = self._train_until_interrupted(*args, **kwargs)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -207,6 +235,21 @@ class LadderMixin:
             raise TrainingMemoryError(f"{message}\n{error}") from error
         self.clock.stop()
         return output
+
+    def _train_until_interrupted(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        with self.interruption:
+            try:
+                output = super().train(*args, **kwargs)
+            except EvaluationInterrupted:
+                self.is_in_train = False
+                output = None
+            status = self.interruption.exit_status
+            if status is None:
+                assert output is not None
+                return output
+            if self.state.global_step != self.last_saved_step:
+                self._save_checkpoint(self.model, None)
+        raise SystemExit(status)
 
     def _return_to_whole_step(self) -> None:
         """Drop what an unfinished step has left: changed parameters, gradients, and passes made ahead."""
@@ -274,6 +317,7 @@ class LadderMixin:
             if self._logged[1] > seconds:
                 logs["tokens_per_second"] = round((self._logged[0] - tokens) / (self._logged[1] - seconds), 1)
             logs["peak_memory_mib"] = round(self.peak_memory.mib(), 1)
+            self._spikes(self.state.global_step, logs["loss"])
         super().log(logs, *args, **kwargs)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
@@ -282,16 +326,13 @@ class LadderMixin:
         if self.args.should_save:
             self.accelerator.unwrap_model(self.model).save_pretrained(folder, tokenizer=self.processing_class)
 
-    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         with self.clock.stopped():
-            super()._save_checkpoint(*args, **kwargs)
+            super()._save_checkpoint(model, trial)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         ladder = self.accelerator.unwrap_model(self.model if model is None else model)
         load_adapter(resume_from_checkpoint, ladder.side_network, ladder.backbone)
-
-    def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
 
 class LadderTrainer(LadderMixin, Trainer):

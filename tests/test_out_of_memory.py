@@ -218,7 +218,7 @@ def test_the_message_has_phase_plan_measurement_and_remedies(
     with pytest.raises(TrainingMemoryError) as caught:
         training.train()
     text = str(caught.value)
-    assert f"out of memory in the phase {phase!r} of step " in text and "batch 2 of up to 32 tokens" in text
+    assert f"out of memory in the phase {phase!r} of step " in text and "batch 2 of up to 20 tokens" in text
     assert re.search(r"Planned: 0\.00 GB at the peak .*Measured: \d+\.\d\d GB\. Free now: \d+\.\d\d GB\.", text)
     remedies = [line for line in text.splitlines() if line.startswith("  ")]
     assert len(remedies) == 3 and remedies[0].startswith("  half the group_tokens")

@@ -299,7 +299,7 @@ def test_errors(model: LadderForCausalLM, checkpoint: Path, tmp_path: Path) -> N
         arguments(tmp_path, max_length=1)
     with pytest.raises(ValueError, match="LadderTrainer needs a model"):
         LadderTrainer(None, arguments(tmp_path), train_dataset=PAIRS)
-    with pytest.raises(ValueError, match=r"checkpoint-9/ladder_config\.json: no such file"):
+    with pytest.raises(ValueError, match=r"checkpoint-9: has no manifest\.json, so it was never finished"):
         LadderTrainer(model, arguments(tmp_path), train_dataset=PAIRS).train(str(tmp_path / "checkpoint-9"))
 
 

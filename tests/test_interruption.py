@@ -1,0 +1,137 @@
+"""SIGTERM and SIGINT in every phase: a checkpoint, the exit status, and training that goes on to the bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ladders import ladder_model
+from transformers import TrainerCallback
+
+from engine import LadderArguments, LadderTrainer
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ROWS = [{"input_ids": list(range(start, start + 20)), "labels": list(range(start, start + 20))} for start in range(24)]
+
+
+class Phases(LadderTrainer):
+    """Sends a signal to this process in a phase of a step."""
+
+    kill: Callable[[str], None] = staticmethod(lambda phase: None)
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        self.kill("data")
+        return super().get_batch_samples(*args, **kwargs)
+
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        self.kill("forward")
+        loss = super().compute_loss(*args, **kwargs)
+        loss.register_hook(lambda gradient: self.kill("backward"))
+        return loss
+
+    def prediction_step(self, *args: Any, **kwargs: Any) -> Any:
+        self.kill("evaluation")
+        return super().prediction_step(*args, **kwargs)
+
+    def save_model(self, *args: Any, **kwargs: Any) -> None:
+        self.kill("save")
+        super().save_model(*args, **kwargs)
+
+
+def trainer(folder: Path, callbacks: list[TrainerCallback] | None = None) -> Phases:
+    arguments = LadderArguments(
+        output_dir=str(folder),
+        max_steps=8,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        eval_strategy="steps",
+        eval_steps=2,
+        per_device_eval_batch_size=2,
+        save_strategy="steps",
+        save_steps=4,
+        disable_tqdm=True,
+        use_cpu=True,
+    )
+    model = ladder_model("xladder", reduction_factor=1).train()
+    return Phases(model, arguments, train_dataset=ROWS, eval_dataset=ROWS[:6], callbacks=callbacks)
+
+
+def weights(made: Phases) -> dict[str, torch.Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in made.model.named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    made = trainer(tmp_path_factory.mktemp("whole"))
+    made.train()
+    return weights(made)
+
+
+def sends(made: Phases, phase: str, times: list[int], number: signal.Signals) -> None:
+    """At the given calls of that phase."""
+    calls = 0
+
+    def kill(name: str) -> None:
+        nonlocal calls
+        calls += name == phase
+        if name == phase and calls in times:
+            os.kill(os.getpid(), number)
+
+    made.kill = kill  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize(
+    ("phase", "call", "saved"),
+    [("data", 3, 3), ("forward", 5, 3), ("backward", 4, 2), ("evaluation", 2, 2), ("save", 1, 4)],
+)
+def test_a_signal_saves_and_leaves(
+    tmp_path: Path,
+    uninterrupted: dict[str, torch.Tensor],
+    capfd: pytest.CaptureFixture[str],
+    phase: str,
+    call: int,
+    saved: int,
+    number: signal.Signals,
+) -> None:
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    made = trainer(tmp_path)
+    sends(made, phase, [call], number)
+    with pytest.raises(SystemExit) as left:
+        made.train()
+    assert left.value.code == {signal.SIGTERM: 143, signal.SIGINT: 130}[number]
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+    assert f"{number.name} received: training stops after this step" in capfd.readouterr().err
+    assert max(int(path.name.split("-")[1]) for path in tmp_path.glob("checkpoint-*")) == saved + (phase == "save")
+    again = trainer(tmp_path)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.global_step == 8
+    for name, weight in weights(again).items():
+        assert torch.equal(weight, uninterrupted[name]), name
+
+
+def test_a_second_interrupt_leaves_at_once(tmp_path: Path) -> None:
+    made = trainer(tmp_path)
+    sends(made, "forward", [3, 4], signal.SIGINT)
+    with pytest.raises(SystemExit) as left:
+        made.train()
+    assert left.value.code == 130 and made.state.global_step == 1
+    assert not list(tmp_path.glob("checkpoint-*"))
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_other_threads_may_train(tmp_path: Path) -> None:
+    """Python lets no other thread handle signals: there they stay as they are."""
+    import threading
+
+    made, done = trainer(tmp_path), []
+    thread = threading.Thread(target=lambda: done.append(made.train().global_step))
+    thread.start()
+    thread.join()
+    assert done == [8]
