@@ -29,6 +29,7 @@ from engine.model import LadderForCausalLM
 from engine.out_of_memory import TrainingMemoryError, WholeSteps, explain, is_out_of_memory, release
 from engine.planner import Planner, parse_bytes, usable_bytes
 from engine.preflight import check_free, fit_training, free_bytes, place_backbone, policies_of, read_shape
+from engine.run_log import RunLog
 from engine.step_graph import CudaGraphs, StepGraphs, check_arguments
 from engine.summary import PeakMemory, StepClock
 from engine.workload import GB, MemoryPolicies, Workload
@@ -86,6 +87,7 @@ class LadderMixin:
         for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
             if getattr(self, name) is not None:
                 raise ValueError(f"{name} needs logits, which are never built here; use generate() in a callback")
+        self.add_callback(RunLog())
         graphed = getattr(self.args, "cuda_graph", False)
         self.step_graphs = StepGraphs(model, CudaGraphs(self.args.device)) if graphed else None
         self.clock = StepClock(self.args.device)
