@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
@@ -22,6 +22,7 @@ from engine.checkpoint import load_adapter
 from engine.collator import Collator
 from engine.config import LadderConfig
 from engine.data import TokenizedDataset, prepare_dataset
+from engine.data_parallel import WholeRounds, all_reduced_bytes
 from engine.dtypes import compute_dtype
 from engine.layer_major import LayerMajor
 from engine.memory import MemoryPlan
@@ -81,6 +82,8 @@ class LadderMixin:
         eval_dataset = parts if isinstance(eval_dataset, dict) else parts[None]
         # One row per batch: accelerate must not cut a batch into samples, as it would for a stream.
         args.accelerator_config.dispatch_batches = False
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = False  # every trained parameter is in every loss
         super().__init__(
             model, args, data_collator or Collator(), train_dataset, eval_dataset, processing_class, *rest, **others
         )
@@ -107,6 +110,14 @@ class LadderMixin:
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         """The stock loader, of anything that `eval_dataset` may be at construction."""
         return super().get_test_dataloader(self._prepared(test_dataset))
+
+    def _get_dataloader(self, dataset: Any, **options: Any) -> DataLoader:
+        """The stock loader; in an evaluation by several processes none of its samples counts twice."""
+        processes = self.accelerator.num_processes
+        is_stream = isinstance(dataset, IterableDataset)
+        if processes > 1 and not options.get("is_training") and not is_stream:
+            dataset = WholeRounds(dataset, processes * options["batch_size"])
+        return super()._get_dataloader(dataset, **options)
 
     def _prepared(self, data: Any) -> Any:
         return _prepared(data, self.processing_class, self.args, self.accelerator.unwrap_model(self.model))
@@ -261,6 +272,9 @@ class LadderMixin:
         if self.is_world_process_zero():
             known = "unknown" if free is None else f"{free / GB:.2f} GB"
             print(f"Memory plan: {needed / GB:.2f} GB more at the peak ({plan.peak_phase}), free: {known}")
+            if (processes := self.accelerator.num_processes) > 1:
+                reduced = all_reduced_bytes(model) / 1e6
+                print(f"Data parallel: {processes} processes, {reduced:.2f} MB all-reduced per step, side network only")
         if not getattr(args, "ignore_memory_plan", False):
             check_free(planner, work, plan.policies, needed, free)
         model.side_network.tap_policy = plan.policies.taps
