@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from engine.arguments import DEFAULT_MAX_LENGTH, LadderArguments, optimizer_policy, workload
+from engine.cards import card_of, pass_flops
 from engine.checkpoint import load_adapter
 from engine.collator import Collator
 from engine.config import LadderConfig
@@ -40,7 +41,8 @@ class LadderMixin:
     """What a Trainer needs to train a `LadderForCausalLM`; goes in front of `Trainer` (or a subclass of it).
 
     The loss of an optimizer step is the sum over all its supervised tokens divided by their number, however they are
-    cut into micro-batches and processes. Logs gain `tokens_per_second` and `peak_memory_mib`.
+    cut into micro-batches and processes. Logs gain `tokens_per_second`, `peak_memory_mib`, `mfu` on a known card (the
+    share of its 16-bit arithmetic that is in use; `engine.cards`), and `gate_mean`, `gate_min` and `gate_max`.
 
     Attributes:
         group_tokens: tokens that pass the backbone together where a step has several micro-batches; None: as many as
@@ -93,11 +95,11 @@ class LadderMixin:
         self.add_callback(RunLog())
         graphed = getattr(self.args, "cuda_graph", False)
         self.step_graphs = StepGraphs(model, CudaGraphs(self.args.device)) if graphed else None
-        self.clock = StepClock(self.args.device)
+        card = card_of(self.args.device) if model.backbone.dtype.itemsize == 2 else None
+        self.clock = StepClock(self.args.device, card and card.flops)
         self.peak_memory = PeakMemory(self.args.device)
         self.layer_major = LayerMajor(1)
         self._whole_steps: WholeSteps | None = None
-        self._logged = (0, 0.0)
         self._eval_total = torch.zeros(2, dtype=torch.float64)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
@@ -162,7 +164,7 @@ class LadderMixin:
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """The stock step, with its tokens counted; with `cuda_graph`, what a graph has captured of it."""
-        self.clock.count(inputs["input_ids"].numel())
+        self.clock.count(inputs["input_ids"].numel(), 0.0 if self.clock.card_flops is None else self._flops(inputs))
         stock_step = super().training_step
         if self.step_graphs is None:
             passed = self.layer_major.take(self.accelerator.unwrap_model(model), inputs, self._prepare_inputs)
@@ -283,14 +285,21 @@ class LadderMixin:
         return planner, work, planner.plan(work, plan.policies)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """The stock log with throughput since the last line and peak memory so far."""
+        """The stock log with the rates since the last line, peak memory so far, and the merge gates."""
         if "loss" in logs:
-            tokens, seconds = self._logged
-            self._logged = (self.clock.tokens, self.clock.seconds)
-            if self._logged[1] > seconds:
-                logs["tokens_per_second"] = round((self._logged[0] - tokens) / (self._logged[1] - seconds), 1)
+            logs |= self.clock.rates()
             logs["peak_memory_mib"] = round(self.peak_memory.mib(), 1)
+            gates = self.accelerator.unwrap_model(self.model).side_network.gates().tolist()
+            if gates:
+                logs |= {"gate_mean": sum(gates) / len(gates), "gate_min": min(gates), "gate_max": max(gates)}
         super().log(logs, *args, **kwargs)
+
+    def _flops(self, batch: Mapping[str, Any]) -> float:
+        """Arithmetic of a micro-batch; what a foreign collator does not say is taken as the most it can be."""
+        model, ids, rows = self.accelerator.unwrap_model(self.model), batch["input_ids"], batch.get("supervised_rows")
+        lengths = batch.get("document_lengths") or [ids.shape[-1]] * ids.shape[0]
+        supervised = ids.numel() if rows is None else rows.numel()
+        return pass_flops(model.backbone.config, model.ladder_config, lengths, supervised)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """The adapter folder, tokenizer included; no pickled arguments."""

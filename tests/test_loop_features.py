@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoints import tiny_model
-from ladders import ladder_model, tiny_backbone
+from ladders import checkpoint_folder, ladder_model, tiny_backbone
 from safetensors.torch import load_file
 from transformers import (
     EarlyStoppingCallback,
@@ -20,7 +22,8 @@ from transformers import (
     default_data_collator,
 )
 
-from engine import LadderArguments, LadderTrainer
+from engine import LadderArguments, LadderTrainer, load_backbone
+from engine.cards import CARDS, pass_flops
 from engine.collator import Collator
 from engine.data import prepare_dataset
 
@@ -256,3 +259,77 @@ def test_evaluation_never_builds_logits(tmp_path: Path, monkeypatch: pytest.Monk
     assert math.isfinite(trainer.evaluate()["eval_loss"]) and math.isfinite(trainer.predict(PAIRS).metrics["test_loss"])
     with pytest.raises(AssertionError, match="logits were built"):
         trainer.model(input_ids=torch.arange(4)[None])
+
+
+def test_gates_reach_the_log(tmp_path: Path) -> None:
+    """As sigmoid(gate_logit / T): all one half at the start, and moved by training."""
+    trainer = train(tmp_path, warmup_steps=0, learning_rate=PEAK, lr_scheduler_type="constant")
+    network = trainer.model.side_network
+    expected = [torch.sigmoid(tap.gate_logit / 0.1).item() for tap in network.taps if tap.gate_logit is not None]
+    assert len(expected) > 1 and min(expected) < max(expected)
+    assert logged(trainer, "gate_min")[-1] == pytest.approx(min(expected))
+    assert logged(trainer, "gate_max")[-1] == pytest.approx(max(expected))
+    assert logged(trainer, "gate_mean")[-1] == pytest.approx(sum(expected) / len(expected))
+    assert abs(logged(trainer, "gate_mean")[0] - 0.5) < 0.05
+
+    def without_gates(folder: Path) -> LadderTrainer:
+        return LadderTrainer(ladder_model("ladder", merge="sum"), arguments(folder, max_steps=1), train_dataset=PAIRS)
+
+    ungated = without_gates(tmp_path / "sum")
+    ungated.train()
+    assert not [name for line in ungated.state.log_history for name in line if name.startswith("gate")]
+
+
+@pytest.mark.parametrize("foreign", [False, True])
+def test_mfu_is_the_arithmetic_of_the_steps_over_that_of_the_card(
+    foreign: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of batches of one shape, mfu over tokens per second is the arithmetic of a token over the card's."""
+    card = replace(CARDS[0], flops=1e8)
+    monkeypatch.setattr("engine.trainer.card_of", lambda device: card)
+    backbone = load_backbone(checkpoint_folder(), dtype=torch.bfloat16)
+    args = arguments(tmp_path, max_steps=2)
+    data = [{"text": "a" * 19} for _ in range(8)]
+    trainer = LadderTrainer(ladder_model(backbone=backbone), args, Padded() if foreign else None, train_dataset=data)
+    trainer.train()
+    lengths = [20] * 4
+    supervised = 80 if foreign else 128  # the collator fills 4 x 19 rows up to a multiple of 64
+    config = trainer.model.ladder_config
+    per_token = pass_flops(trainer.model.backbone.config, config, lengths, supervised) / 80
+    for mfu, speed in zip(logged(trainer, "mfu"), logged(trainer, "tokens_per_second"), strict=True):
+        assert mfu == pytest.approx(speed * per_token / card.flops, rel=1e-2, abs=1e-4)
+    slow = LadderTrainer(ladder_model(), args, train_dataset=data)
+    assert slow.clock.card_flops is None, "data sheets give 16-bit arithmetic, and this backbone computes in fp32"
+
+
+class Padded:
+    """A collator of transformers' kind."""
+
+    def __call__(self, samples: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
+        return {name: torch.stack([sample[name] for sample in samples]) for name in ("input_ids", "labels")}
+
+
+def test_tensorboard_gets_every_number(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    train(tmp_path, max_steps=2, eval_strategy="steps", eval_steps=1, report_to=["tensorboard"])
+    files = list(tmp_path.rglob("events.out.tfevents.*"))
+    assert files
+    events = EventAccumulator(str(files[0].parent))
+    events.Reload()
+    names = ["loss", "grad_norm", "learning_rate", "tokens_per_second", "peak_memory_mib", "gate_mean", "gate_max"]
+    for name in [*(f"train/{name}" for name in names), "eval/loss"]:
+        assert [event.step for event in events.Scalars(name)] == [1, 2], name
+
+
+def test_other_integrations_get_the_same_log(tmp_path: Path) -> None:
+    """Whatever `report_to` names is a callback with `on_log`: it sees what metrics.jsonl gets."""
+    seen: list[dict[str, Any]] = []
+
+    class Reporter(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+            seen.append({**logs, "step": state.global_step})
+
+    train(tmp_path, [Reporter()], max_steps=2)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line for line in lines if "loss" in line] == [line for line in seen if "loss" in line]
