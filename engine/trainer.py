@@ -78,17 +78,16 @@ class LadderMixin:
                 "as model, or leave ladder_config out"
             )
         processing_class = _tokenizer_if_any(model) if processing_class is None else processing_class
-        train_dataset = _prepared(train_dataset, processing_class, args, model)
+        train_dataset = self._tokenized(train_dataset, processing_class, args, model)
         parts = eval_dataset if isinstance(eval_dataset, dict) else {None: eval_dataset}
-        parts = {name: _prepared(part, processing_class, args, model) for name, part in parts.items()}
+        parts = {name: self._tokenized(part, processing_class, args, model) for name, part in parts.items()}
         eval_dataset = parts if isinstance(eval_dataset, dict) else parts[None]
         # One row per batch: accelerate must not cut a batch into samples, as it would for a stream.
         args.accelerator_config.dispatch_batches = False
         if args.ddp_find_unused_parameters is None:
             args.ddp_find_unused_parameters = False  # every trained parameter is in every loss
-        super().__init__(
-            model, args, data_collator or Collator(), train_dataset, eval_dataset, processing_class, *rest, **others
-        )
+        data_collator = data_collator or self._default_collator()
+        super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, *rest, **others)
         for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
             if getattr(self, name) is not None:
                 raise ValueError(f"{name} needs logits, which are never built here; use generate() in a callback")
@@ -122,7 +121,14 @@ class LadderMixin:
         return super()._get_dataloader(dataset, **options)
 
     def _prepared(self, data: Any) -> Any:
-        return _prepared(data, self.processing_class, self.args, self.accelerator.unwrap_model(self.model))
+        return self._tokenized(data, self.processing_class, self.args, self.accelerator.unwrap_model(self.model))
+
+    def _tokenized(self, data: Any, tokenizer: Any, args: TrainingArguments, model: LadderForCausalLM) -> Any:
+        """User data as token ids; torch data sets are taken as they are."""
+        return _prepared(data, tokenizer, args, model)
+
+    def _default_collator(self) -> Collator | None:
+        return Collator()
 
     def compute_loss(
         self,
