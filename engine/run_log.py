@@ -138,6 +138,8 @@ def draw_training(lines: Sequence[Line], path: Path) -> None:
         axis.set_xlabel("step", fontsize=8)
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.3)
+        if "loss" not in patterns:
+            axis.set_ylim(bottom=0)
         if len(axis.lines) > 1:
             axis.legend(fontsize=8)
     picture = io.BytesIO()

@@ -50,7 +50,7 @@ class Probe(TrainerCallback):
 
     def __init__(self) -> None:
         self.gradients: dict[str, Tensor] = {}
-        self.reduced_bytes = 0
+        self.reduced_bytes = self.buckets = self.storages = 0
         self.trainer: Any = None
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -60,11 +60,13 @@ class Probe(TrainerCallback):
 
     def _count(self, group: Any, bucket: GradBucket) -> torch.futures.Future[Tensor]:
         self.reduced_bytes += bucket.buffer().nbytes
+        self.buckets += 1
         return allreduce_hook(group, bucket)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any, **kwargs: Any) -> None:
         if not self.gradients:
             self.gradients = {f"gradient.{name}": p.grad.clone() for name, p in model.named_parameters()}
+            self.storages = len({p.grad.untyped_storage().data_ptr() for p in model.parameters()})
 
 
 def train(case: Case, backbone: Path, folder: Path, processes: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -106,6 +108,8 @@ def train(case: Case, backbone: Path, folder: Path, processes: int) -> tuple[dic
         "eval_loss": trainer.evaluate()["eval_loss"],
         "test_loss": trainer.predict(HELDOUT).metrics["test_loss"],
         "reduced_bytes": probe.reduced_bytes,
+        "buckets": probe.buckets,
+        "storages": probe.storages,
         "find_unused": trainer.args.ddp_find_unused_parameters,
     }
     trainer.save_model()
