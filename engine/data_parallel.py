@@ -1,7 +1,9 @@
 """Many processes, one side network: each has the backbone, DDP averages the gradients of the trained parameters alone.
 
 Nothing of the backbone is sent: a step all-reduces the side network's gradients, 4 bytes x trainable parameters, once,
-however many micro-batches it has. At the shape of Qwen2.5-7B with reduction_factor 16 that is 0.2 GB.
+however many micro-batches it has. At the shape of Qwen2.5-7B with reduction_factor 16 that is 0.2 GB. A step is what
+one process would make of the same global batch; only where an epoch ends within a batch, accelerate fills that one up
+from the epoch's start.
 """
 
 from __future__ import annotations
