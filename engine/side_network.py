@@ -54,7 +54,7 @@ class Tap(nn.Module):
 
         The keeper says where hidden waits for backward.
         """
-        gate = None if self.gate_logit is None else torch.sigmoid(self.gate_logit / self.temperature)
+        gate = self.gate
         is_fused = self.kind == "linear"
         if is_fused and gate is not None and gate.requires_grad:
             # The op takes a gate's gradient out of dW: beside a frozen projection h would be kept for that alone.
@@ -65,6 +65,11 @@ class Tap(nn.Module):
         if state is None:
             return projected
         return state + projected if gate is None else projected + gate * (state - projected)
+
+    @property
+    def gate(self) -> Tensor | None:
+        """The share of the state in the mix, 0-dim."""
+        return None if self.gate_logit is None else torch.sigmoid(self.gate_logit / self.temperature)
 
     def train_projection(self, trains: bool) -> None:
         """Whether backward computes the gradient that needs hidden states, which is that of `weight`."""
@@ -192,6 +197,12 @@ class SideNetwork(nn.Module):
     def num_side_layers(self) -> int:
         """Side layers l, which is also how many cache layers the side network uses."""
         return len(self.layers)
+
+    @torch.no_grad()
+    def gates(self) -> Tensor:
+        """Every merge gate in the order of the taps, 1-dim: 0 takes the tap alone, 1 the state alone."""
+        gates = [gate for gate in (tap.gate for tap in self.taps) if gate is not None]
+        return torch.stack(gates) if gates else torch.empty(0)
 
     @torch.no_grad()
     def reset_parameters(self) -> None:

@@ -76,18 +76,39 @@ def _resident_bytes(field: str) -> int:
 
 
 class StepClock:
-    """Wall time and tokens of training steps alone; evaluations and saves stop it."""
+    """Wall time, tokens and arithmetic of training steps alone; evaluations and saves stop it.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        device: what computes.
+        card_flops: what it can do per second, where that is known.
+    """
+
+    def __init__(self, device: torch.device, card_flops: float | None = None) -> None:
         self._device = device
         self._started: float | None = None
         self._seconds = 0.0
+        self._last = (0, 0.0, 0.0)
+        self.card_flops = card_flops
         self.tokens = 0
+        self.flops = 0.0
 
-    def count(self, tokens: int) -> None:
-        """Add the tokens of a pass that begins now, which starts the clock if it stands."""
+    def count(self, tokens: int, flops: float = 0.0) -> None:
+        """Add the work of a pass that begins now, which starts the clock if it stands."""
         self._started = time.perf_counter() if self._started is None else self._started
         self.tokens += tokens
+        self.flops += flops
+
+    def rates(self) -> dict[str, float]:
+        """Since the last call: `tokens_per_second` and, on a known card, `mfu`, the share of its arithmetic in use."""
+        now = (self.tokens, self.flops, self.seconds)
+        tokens, flops, seconds = (new - old for new, old in zip(now, self._last, strict=True))
+        self._last = now
+        if not seconds:
+            return {}
+        rates = {"tokens_per_second": round(tokens / seconds, 1)}
+        if self.card_flops is not None:
+            rates["mfu"] = round(flops / seconds / self.card_flops, 4)
+        return rates
 
     @property
     def seconds(self) -> float:

@@ -13,16 +13,18 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from engine.arguments import DEFAULT_MAX_LENGTH, DEFAULT_MAX_SKIPPED_STEPS, LadderArguments, optimizer_policy, workload
+from engine.cards import card_of, pass_flops
 from engine.checkpoint import load_adapter
 from engine.checkpointing import CrashSafeCheckpoints
 from engine.collator import Collator
 from engine.config import LadderConfig
 from engine.data import TokenizedDataset, prepare_dataset
+from engine.data_parallel import WholeRounds, all_reduced_bytes
 from engine.dtypes import compute_dtype
 from engine.guards import SKIPPED_FILE, GuardedStep, SpikeWatch
 from engine.interruption import EvaluationInterrupted, Interruption
@@ -32,6 +34,7 @@ from engine.model import LadderForCausalLM
 from engine.out_of_memory import TrainingMemoryError, WholeSteps, explain, is_out_of_memory, release
 from engine.planner import Planner, parse_bytes, usable_bytes
 from engine.preflight import check_free, fit_training, free_bytes, place_backbone, policies_of, read_shape
+from engine.run_log import RunLog
 from engine.step_graph import CudaGraphs, StepGraphs, check_arguments
 from engine.summary import PeakMemory, StepClock
 from engine.workload import GB, MemoryPolicies, Workload
@@ -41,7 +44,8 @@ class LadderMixin(CrashSafeCheckpoints):
     """What a Trainer needs to train a `LadderForCausalLM`; goes in front of `Trainer` (or a subclass of it).
 
     The loss of an optimizer step is the sum over all its supervised tokens divided by their number, however they are
-    cut into micro-batches and processes. Logs gain `tokens_per_second` and `peak_memory_mib`.
+    cut into micro-batches and processes. Logs gain `tokens_per_second`, `peak_memory_mib`, `mfu` on a known card (the
+    share of its 16-bit arithmetic that is in use; `engine.cards`), and `gate_mean`, `gate_min` and `gate_max`.
 
     Attributes:
         group_tokens: tokens that pass the backbone together where a step has several micro-batches; None: as many as
@@ -77,25 +81,30 @@ class LadderMixin(CrashSafeCheckpoints):
                 "as model, or leave ladder_config out"
             )
         processing_class = _tokenizer_if_any(model) if processing_class is None else processing_class
-        train_dataset = _prepared(train_dataset, processing_class, args, model)
+        train_dataset = self._tokenized(train_dataset, processing_class, args, model)
         parts = eval_dataset if isinstance(eval_dataset, dict) else {None: eval_dataset}
-        parts = {name: _prepared(part, processing_class, args, model) for name, part in parts.items()}
+        parts = {name: self._tokenized(part, processing_class, args, model) for name, part in parts.items()}
         eval_dataset = parts if isinstance(eval_dataset, dict) else parts[None]
         # One row per batch: accelerate must not cut a batch into samples, as it would for a stream.
         args.accelerator_config.dispatch_batches = False
-        super().__init__(
-            model, args, data_collator or Collator(), train_dataset, eval_dataset, processing_class, *rest, **others
-        )
+        if args.ddp_find_unused_parameters is None:
+            args.ddp_find_unused_parameters = False  # every trained parameter is in every loss
+        data_collator = data_collator or self._default_collator()
+        super().__init__(model, args, data_collator, train_dataset, eval_dataset, processing_class, *rest, **others)
         for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
             if getattr(self, name) is not None:
                 raise ValueError(f"{name} needs logits, which are never built here; use generate() in a callback")
+        if self.accelerator.ddp_handler is not None:
+            # Gradients in DDP's buffers instead of beside them: 4 bytes x trained parameters less.
+            self.accelerator.ddp_handler.gradient_as_bucket_view = True
+        self.add_callback(RunLog())
         graphed = getattr(self.args, "cuda_graph", False)
         self.step_graphs = StepGraphs(model, CudaGraphs(self.args.device)) if graphed else None
-        self.clock = StepClock(self.args.device)
+        card = card_of(self.args.device) if model.backbone.dtype.itemsize == 2 else None
+        self.clock = StepClock(self.args.device, card and card.flops)
         self.peak_memory = PeakMemory(self.args.device)
         self.layer_major = LayerMajor(1)
         self._whole_steps: WholeSteps | None = None
-        self._logged = (0, 0.0)
         self._step_losses: list[Tensor] = []
         self._step_samples: list[Any] = []
         self._spikes = SpikeWatch()
@@ -114,8 +123,23 @@ class LadderMixin(CrashSafeCheckpoints):
         """The stock loader, of anything that `eval_dataset` may be at construction."""
         return super().get_test_dataloader(self._prepared(test_dataset))
 
+    def _get_dataloader(self, dataset: Any, **options: Any) -> DataLoader:
+        """The stock loader; in an evaluation by several processes none of its samples counts twice."""
+        processes = self.accelerator.num_processes
+        is_stream = isinstance(dataset, IterableDataset)
+        if processes > 1 and not options.get("is_training") and not is_stream:
+            dataset = WholeRounds(dataset, processes * options["batch_size"])
+        return super()._get_dataloader(dataset, **options)
+
     def _prepared(self, data: Any) -> Any:
-        return _prepared(data, self.processing_class, self.args, self.accelerator.unwrap_model(self.model))
+        return self._tokenized(data, self.processing_class, self.args, self.accelerator.unwrap_model(self.model))
+
+    def _tokenized(self, data: Any, tokenizer: Any, args: TrainingArguments, model: LadderForCausalLM) -> Any:
+        """User data as token ids; torch data sets are taken as they are."""
+        return _prepared(data, tokenizer, args, model)
+
+    def _default_collator(self) -> Collator | None:
+        return Collator()
 
     def compute_loss(
         self,
@@ -161,7 +185,7 @@ class LadderMixin(CrashSafeCheckpoints):
         self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """The stock step, with its tokens counted; with `cuda_graph`, what a graph has captured of it."""
-        self.clock.count(inputs["input_ids"].numel())
+        self.clock.count(inputs["input_ids"].numel(), 0.0 if self.clock.card_flops is None else self._flops(inputs))
         stock_step = super().training_step
         if self.step_graphs is None:
             passed = self.layer_major.take(self.accelerator.unwrap_model(model), inputs, self._prepare_inputs)
@@ -302,6 +326,9 @@ class LadderMixin(CrashSafeCheckpoints):
         if self.is_world_process_zero():
             known = "unknown" if free is None else f"{free / GB:.2f} GB"
             print(f"Memory plan: {needed / GB:.2f} GB more at the peak ({plan.peak_phase}), free: {known}")
+            if (processes := self.accelerator.num_processes) > 1:
+                reduced = all_reduced_bytes(model) / 1e6
+                print(f"Data parallel: {processes} processes, {reduced:.2f} MB all-reduced per step, side network only")
         if not getattr(args, "ignore_memory_plan", False):
             check_free(planner, work, plan.policies, needed, free)
         model.side_network.tap_policy = plan.policies.taps
@@ -310,15 +337,22 @@ class LadderMixin(CrashSafeCheckpoints):
         return planner, work, planner.plan(work, plan.policies)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """The stock log with throughput since the last line and peak memory so far."""
+        """The stock log with the rates since the last line, peak memory so far, and the merge gates."""
         if "loss" in logs:
-            tokens, seconds = self._logged
-            self._logged = (self.clock.tokens, self.clock.seconds)
-            if self._logged[1] > seconds:
-                logs["tokens_per_second"] = round((self._logged[0] - tokens) / (self._logged[1] - seconds), 1)
+            logs |= self.clock.rates()
             logs["peak_memory_mib"] = round(self.peak_memory.mib(), 1)
             self._spikes(self.state.global_step, logs["loss"])
+            gates = self.accelerator.unwrap_model(self.model).side_network.gates().tolist()
+            if gates:
+                logs |= {"gate_mean": sum(gates) / len(gates), "gate_min": min(gates), "gate_max": max(gates)}
         super().log(logs, *args, **kwargs)
+
+    def _flops(self, batch: Mapping[str, Any]) -> float:
+        """Arithmetic of a micro-batch; what a foreign collator does not say is taken as the most it can be."""
+        model, ids, rows = self.accelerator.unwrap_model(self.model), batch["input_ids"], batch.get("supervised_rows")
+        lengths = batch.get("document_lengths") or [ids.shape[-1]] * ids.shape[0]
+        supervised = ids.numel() if rows is None else rows.numel()
+        return pass_flops(model.backbone.config, model.ladder_config, lengths, supervised)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """The adapter folder, tokenizer included; no pickled arguments."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 
 # The oracle compiles its own reference ops on ragged shapes, for seconds each.
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
@@ -45,6 +46,13 @@ KERNEL_TESTS = (
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half a second at the end of every training adds up."""
+    if request.module.__name__ != "test_run_log" and "engine.run_log" in sys.modules:
+        monkeypatch.setattr("engine.run_log.draw_training", lambda lines, path: None)
 
 
 @pytest.fixture(autouse=True)
