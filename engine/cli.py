@@ -36,7 +36,11 @@ def _errors() -> Iterator[None]:
             raise
         if isinstance(error, TrainingMemoryError):
             _fail(error, RUN_ERROR)
-        _fail(f"out of memory; lower --batch-size or --max-length, or name a smaller --budget: {error}", RUN_ERROR)
+        _fail(
+            "out of memory; lower --batch-size or --max-length, and stream the backbone: --budget in training, "
+            f"--residency host elsewhere: {error}",
+            RUN_ERROR,
+        )
 
 
 def _fail(message: object, code: int) -> None:
@@ -118,26 +122,59 @@ def plan(
         typer.echo("\n".join(budget_report(planner, work, card_bytes)))
 
 
+BackboneOption = Annotated[str | None, typer.Option("--model", help="Where the backbone is now, if it was moved.")]
+ResidencyOption = Annotated[
+    str | None, typer.Option(help="device, or host: layers are streamed from host memory, for a small card.")
+]
+TemperatureOption = Annotated[float, typer.Option(help="0: always the likeliest token; 0.8: drawn at random.")]
+TopPOption = Annotated[float, typer.Option(help="Draw from the likeliest tokens of together this probability.")]
+SeedOption = Annotated[int, typer.Option(min=0, help="Of the random draws.")]
+
+
+def _load(adapter: Path, backbone: Any, residency: str | None = None) -> Any:
+    """A trained model on the GPU if there is one; beside a backbone that is loaded already, or loaded here."""
+    import torch
+
+    from engine.model import LadderForCausalLM
+
+    options = {} if residency is None else {"residency": residency}
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return LadderForCausalLM.from_pretrained(adapter, backbone=backbone, device=device, **options)
+
+
+def _show(text: str) -> None:
+    """Write a piece of an answer at once."""
+    typer.echo(text, nl=False)
+
+
 @app.command()
 def generate(
     adapter: Annotated[Path, typer.Option(help="Folder that `ladder train` wrote.")],
     prompt: Annotated[str, typer.Option(help="Text to continue.")],
     max_new_tokens: Annotated[int, typer.Option(min=1, help="At most this many tokens.")] = 128,
     chat: Annotated[bool, typer.Option("--chat", help="The prompt is a user's turn of the chat template.")] = False,
-    model: Annotated[str | None, typer.Option(help="Where the backbone is now, if it was moved.")] = None,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
+    seed: SeedOption = 0,
+    model: BackboneOption = None,
+    residency: ResidencyOption = None,
 ) -> None:
-    """Continue a prompt, greedily, with a trained side network."""
+    """Continue a prompt with a trained side network; the text appears as it is generated."""
     with _errors():
         import torch
-        from transformers import AutoTokenizer
 
-        from engine.finetune import generate_text, prompt_ids
-        from engine.model import LadderForCausalLM
+        from engine.generate import Sampling, adapter_tokenizer, chat_ids, generate_text, prompt_ids, room_for_answer
 
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        ladder = LadderForCausalLM.from_pretrained(adapter, backbone=model, device=device)
-        tokenizer = AutoTokenizer.from_pretrained(adapter, trust_remote_code=False, local_files_only=True)
-        typer.echo(generate_text(ladder, tokenizer, prompt_ids(tokenizer, prompt, chat), max_new_tokens))
+        sampling = Sampling(temperature, top_p)
+        ladder = _load(adapter, model, residency)
+        tokenizer = adapter_tokenizer(adapter, ladder.backbone)
+        ids = chat_ids(tokenizer, [{"role": "user", "content": prompt}]) if chat else prompt_ids(tokenizer, prompt)
+        room = room_for_answer(ladder, len(ids))
+        torch.manual_seed(seed)
+        answer = generate_text(ladder, tokenizer, ids, min(max_new_tokens, room), sampling, _show)
+        typer.echo()
+        if not answer.is_finished and room < max_new_tokens:
+            typer.echo("stopped: the backbone's context is full", err=True)
 
 
 @app.command()
