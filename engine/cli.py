@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import platform
+import sys
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -137,7 +138,7 @@ def _load(adapter: Path, backbone: Any, residency: str | None = None) -> Any:
 
     from engine.model import LadderForCausalLM
 
-    options = {} if residency is None else {"residency": residency}
+    options = {} if residency is None or not isinstance(backbone, str | None) else {"residency": residency}
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return LadderForCausalLM.from_pretrained(adapter, backbone=backbone, device=device, **options)
 
@@ -175,6 +176,38 @@ def generate(
         typer.echo()
         if not answer.is_finished and room < max_new_tokens:
             typer.echo("stopped: the backbone's context is full", err=True)
+
+
+@app.command()
+def chat(
+    adapter: Annotated[list[Path], typer.Option(help="Folder that `ladder train` wrote; several share one backbone.")],
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 512,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
+    seed: SeedOption = 0,
+    model: BackboneOption = None,
+    residency: ResidencyOption = None,
+) -> None:
+    """Talk with trained side networks; /adapter NAME switches between them, /reset forgets, /quit ends."""
+    with _errors():
+        import torch
+
+        from engine.chat_session import ChatSession, load_voices
+        from engine.generate import Sampling
+
+        sampling = Sampling(temperature, top_p)
+        voices = load_voices(adapter, model, lambda folder, backbone: _load(folder, backbone, residency))
+        torch.manual_seed(seed)
+        ChatSession(voices, sampling, max_new_tokens, _show).run(_read_line)
+
+
+def _read_line() -> str:
+    """A line of standard input, with its editing keys where it is a terminal."""
+    if not sys.stdin.isatty():
+        return input()
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401
+    return input("> ")
 
 
 @app.command()

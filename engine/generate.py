@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, DynamicCache, PreTrainedTokenizerBase
 from transformers.generation.stopping_criteria import StoppingCriteria, StoppingCriteriaList
 from transformers.generation.streamers import BaseStreamer
 
@@ -58,6 +58,25 @@ class Generated:
     is_finished: bool
 
 
+class PassedTokens:
+    """Keys and values of the tokens that a model has seen, so that a conversation is not computed anew every turn."""
+
+    def __init__(self) -> None:
+        self._ids: list[int] = []
+        self._cache = DynamicCache()
+
+    def take(self, prompt: list[int]) -> DynamicCache:
+        """The cache where the prompt goes on from what it holds, else an empty one; it is the caller's until `keep`."""
+        length, cache = len(self._ids), self._cache
+        continues = length < len(prompt) and prompt[:length] == self._ids
+        self._ids, self._cache = [], DynamicCache()
+        return cache if continues else DynamicCache()
+
+    def keep(self, ids: list[int], cache: DynamicCache) -> None:
+        """Remember a cache that holds the keys and values of `ids`."""
+        self._ids, self._cache = ids, cache
+
+
 def generate_text(
     model: LadderForCausalLM,
     tokenizer: PreTrainedTokenizerBase,
@@ -66,6 +85,7 @@ def generate_text(
     sampling: Sampling | None = None,
     show: Show | None = None,
     should_stop: Callable[[], bool] | None = None,
+    passed: PassedTokens | None = None,
 ) -> Generated:
     """Continue int64 prompt_ids [n].
 
@@ -74,9 +94,11 @@ def generate_text(
         sampling: None: greedy. The draws come from torch's global generator.
         show: called with every new piece of text as it comes.
         should_stop: asked after every token.
+        passed: of earlier calls with this model; what the prompt continues of it is not computed again.
     """
     prompt = prompt_ids[None].to(model.backbone.device)
     ends = stop_tokens(model, tokenizer)
+    cache = None if passed is None else passed.take(prompt_ids.tolist())
     was_training = model.training
     model.eval()
     try:
@@ -85,6 +107,7 @@ def generate_text(
             attention_mask=torch.ones_like(prompt),
             max_new_tokens=max_new_tokens,
             use_cache=True,
+            past_key_values=cache,
             eos_token_id=ends,
             pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
             streamer=None if show is None else _TextStreamer(tokenizer, show),
@@ -93,6 +116,8 @@ def generate_text(
         )
     finally:
         model.train(was_training)
+    if passed is not None:
+        passed.keep(generated[0, :-1].tolist(), cache)
     new_ids = generated[0, prompt.shape[1] :]
     return Generated(_decoded(tokenizer, new_ids), int(new_ids[-1]) in ends)
 

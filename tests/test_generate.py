@@ -61,12 +61,12 @@ def spaced_tokenizer() -> PreTrainedTokenizerFast:
 def test_streamed_text_is_the_text(model: LadderForCausalLM) -> None:
     """Random tokens of single bytes are mostly broken UTF-8: the hardest stream there is."""
     tokenizer, many = tiny_tokenizer(), Sampling(temperature=3.0)
-    for seed in range(3):
+    for seed in range(2):
         pieces: list[str] = []
         torch.manual_seed(seed)
-        streamed = generate_text(model, tokenizer, batch(9), 40, many, pieces.append)
+        streamed = generate_text(model, tokenizer, batch(9), 24, many, pieces.append)
         torch.manual_seed(seed)
-        assert streamed == generate_text(model, tokenizer, batch(9), 40, many)
+        assert streamed == generate_text(model, tokenizer, batch(9), 24, many)
         assert "".join(pieces) == streamed.text and len(pieces) > 3
 
 
@@ -162,7 +162,7 @@ def test_command(adapter: Path) -> None:
     given = ("generate", "--adapter", adapter, "--prompt", "1 plus 2")
     result = ladder(*given, "--max-new-tokens", 6)
     assert (result.exit_code, result.stdout, result.stderr) == (0, expected + "\n", "")
-    drawn = [ladder(*given, "--temperature", 3, "--seed", seed).stdout for seed in (1, 1, 2)]
+    drawn = [ladder(*given, "--temperature", 3, "--seed", seed, "--max-new-tokens", 6).stdout for seed in (1, 1, 2)]
     assert drawn[0] == drawn[1] != drawn[2]
 
     assert room_for_answer(model, 47) == 1
