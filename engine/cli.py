@@ -210,6 +210,43 @@ def _read_line() -> str:
     return input("> ")
 
 
+@app.command("eval")
+def eval_(
+    adapter: Annotated[Path, typer.Option(help="Folder that `ladder train` wrote.")],
+    data: Annotated[str, typer.Option(help="Held-out jsonl, of the shapes of training data.")],
+    max_length: Annotated[int, typer.Option(help="Longest sample, in tokens.")] = 1024,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples in one pass.")] = 4,
+    json: Annotated[Path | None, typer.Option(help="Also write the numbers to this file.")] = None,
+    model: BackboneOption = None,
+    residency: ResidencyOption = None,
+) -> None:
+    """Measure held-out loss and perplexity, with the side network and of the backbone alone."""
+    with _errors():
+        # What can be told without the backbone comes first: loading it may take minutes.
+        from engine.records import read_records
+
+        records = read_records(data)
+        if json is not None and (json.is_dir() or not json.parent.is_dir()):
+            raise ValueError(f"--json {json}: expected a file in a folder that exists")
+        from engine.data import prepare_dataset
+        from engine.evaluate import evaluate
+        from engine.generate import adapter_tokenizer
+
+        ladder = _load(adapter, model, residency)
+        tokenizer = adapter_tokenizer(adapter, ladder.backbone)
+        shape = ladder.backbone.config
+        samples = prepare_dataset(records, tokenizer, max_length=max_length, vocab_size=shape.vocab_size)
+        if samples.longest > shape.max_position_embeddings:
+            raise ValueError(
+                f"{data}: the longest sample has {samples.longest:,} tokens and the backbone's context is "
+                f"{shape.max_position_embeddings:,}; lower --max-length"
+            )
+        evaluation = evaluate(ladder, samples, batch_size)
+        typer.echo("\n".join(evaluation.lines()))
+        if json is not None:
+            evaluation.write(json, adapter=str(adapter), data=data)
+
+
 @app.command()
 def info(
     model: Annotated[str | None, typer.Option(help="Backbone to describe: folder or hub id.")] = None,
