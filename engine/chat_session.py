@@ -90,17 +90,17 @@ class ChatSession:
         while True:
             try:
                 line = read().strip()
+                if line == "/quit":
+                    return
+                if line.startswith("/"):
+                    self.show(self._command(line) + "\n")
+                elif line:
+                    self._answer(line)
             except EOFError:
+                self.show("\n")
                 return
             except KeyboardInterrupt:
                 self.show("\n(/quit ends)\n")
-                continue
-            if line == "/quit":
-                return
-            if line.startswith("/"):
-                self.show(self._command(line) + "\n")
-            elif line:
-                self._answer(line)
 
     def _command(self, line: str) -> str:
         command, _, name = line.partition(" ")

@@ -44,10 +44,15 @@ class Sampling:
             )
 
     def options(self) -> dict[str, float | bool]:
-        """For transformers' `generate`, with nothing left to the backbone's own sampling settings."""
+        """For transformers' `generate`, with nothing left to settings that came with the backbone.
+
+        Those of instruct models penalize repetition even of the likeliest token, which training knew nothing of.
+        """
         if not self.temperature:
-            return {"do_sample": False}
-        return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+            # temperature, top_p and top_k have no effect here, but transformers warns of any other value.
+            return {"do_sample": False, "temperature": 1.0, "top_p": 1.0, "top_k": 50, "repetition_penalty": 1.0}
+        drawn = {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+        return {"do_sample": True, **drawn, "repetition_penalty": 1.0}
 
 
 @dataclass(frozen=True)

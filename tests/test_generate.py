@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,25 @@ def test_greedy_is_the_default_and_sampling_depends_on_the_seed(model: LadderFor
     # So little probability, or so cold, that one token is left.
     assert drawn(1, temperature=2.0, top_p=1e-6) == generate_text(model, tokenizer, ids, 8).text
     assert drawn(1, temperature=1e-4) == generate_text(model, tokenizer, ids, 8).text
+
+
+def test_settings_that_came_with_the_backbone_have_no_say(
+    model: LadderForCausalLM, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As instruct models have them: no penalty, no warning, and draws from all tokens."""
+    tokenizer, ids, sampling = tiny_tokenizer(), batch(9), Sampling(temperature=3.0)
+    given = {"do_sample": True, "temperature": 0.7, "top_p": 0.8, "top_k": 1, "repetition_penalty": 30.0}
+    plain = generate_text(model, tokenizer, ids, 12)
+    torch.manual_seed(1)
+    drawn = generate_text(model, tokenizer, ids, 12, sampling)
+    assert drawn != plain
+    for name, value in given.items():
+        monkeypatch.setattr(model.generation_config, name, value)
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    assert generate_text(model, tokenizer, ids, 12) == plain
+    torch.manual_seed(1)
+    assert generate_text(model, tokenizer, ids, 12, sampling) == drawn
+    assert not caplog.records
 
 
 @pytest.mark.parametrize(
