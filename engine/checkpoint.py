@@ -28,6 +28,7 @@ from transformers import PreTrainedTokenizerBase
 from engine.backbone import Backbone
 from engine.backbone.loader import HEAD_DTYPES
 from engine.config import LadderConfig
+from engine.model_card import model_card
 from engine.side_network import SideNetwork
 from ladder_kernels import NF4Weight
 
@@ -94,15 +95,20 @@ class BackboneRecord:
     def torch_dtype(self) -> torch.dtype:
         return getattr(torch, self.dtype)
 
-    def describe(self) -> str:
-        """Source, quantization and the start of the fingerprint, for messages."""
+    @property
+    def scheme(self) -> str:
+        """What its weights are kept as."""
         if not self.quantized:
             scheme = "not quantized"
         else:
             scheme = "NF4 with double quantization" if self.double_quant else "NF4"
         if self.head_dtype != "dense":
             scheme += f", head {self.head_dtype}"
-        return f"{self.source} ({scheme}, fingerprint {self.fingerprint[:12]})"
+        return scheme
+
+    def describe(self) -> str:
+        """Source, quantization and the start of the fingerprint, for messages."""
+        return f"{self.source} ({self.scheme}, fingerprint {self.fingerprint[:12]})"
 
 
 @dataclass(frozen=True)
@@ -140,7 +146,7 @@ def save_adapter(
     content = {"format_version": FORMAT_VERSION, "ladder": config.to_dict(), "backbone": record.to_dict()}
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    _write(folder / "README.md", _model_card(config, record, sum(t.numel() for t in tensors.values())).encode())
+    _write(folder / "README.md", model_card(config, record, sum(t.numel() for t in tensors.values())).encode())
     _write(folder / WEIGHTS_NAME, serialize_tensors(tensors, metadata={"format": "pt"}))
     _write(folder / CONFIG_NAME, (json.dumps(content, indent=2) + "\n").encode())
 
@@ -271,27 +277,3 @@ def _write(path: Path, content: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def _model_card(config: LadderConfig, backbone: BackboneRecord, num_parameters: int) -> str:
-    is_local = Path(backbone.source).is_dir()
-    base_model = "" if is_local else f"base_model: {json.dumps(backbone.source)}\n"
-    name = Path(backbone.source).name if is_local else backbone.source
-    return f"""---
-library_name: ladder-engine
-{base_model}tags:
-- ladder-side-tuning
-- {config.preset_name}
----
-
-# {config.preset_name} side network for {name}
-
-{num_parameters:,} trained parameters that run beside the frozen backbone (fingerprint `{backbone.fingerprint[:12]}`).
-It is not a LoRA: there is no weight in the backbone to merge it into, so it is used through ladder-engine.
-
-```python
-from engine import LadderForCausalLM
-
-model = LadderForCausalLM.from_pretrained("this/folder")
-```
-"""

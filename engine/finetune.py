@@ -16,8 +16,9 @@ from engine.backbone.families import expected_tensors
 from engine.checkpoint import CONFIG_NAME, check_no_foreign_model
 from engine.collator import IGNORE_INDEX
 from engine.config import LadderConfig
-from engine.data import TokenizedDataset, prefix_ids, prepare_dataset, show_sample
+from engine.data import TokenizedDataset, prepare_dataset, show_sample
 from engine.dtypes import compute_dtype
+from engine.generate import generate_text
 from engine.model import LadderForCausalLM
 from engine.options import OPTIMIZERS, TrainOptions
 from engine.planner import Planner, plan_summary
@@ -221,53 +222,6 @@ def _trainable(model: LadderForCausalLM) -> int:
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
 
 
-def generate_text(
-    model: LadderForCausalLM, tokenizer: PreTrainedTokenizerBase, prompt_ids: Tensor, max_new_tokens: int
-) -> str:
-    """Greedy continuation of int64 prompt_ids [n], without special tokens."""
-    prompt = prompt_ids[None].to(model.backbone.device)
-    was_training = model.training
-    model.eval()
-    generated = model.generate(
-        input_ids=prompt,
-        attention_mask=torch.ones_like(prompt),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        use_cache=True,
-        eos_token_id=_stop_tokens(model, tokenizer),
-        pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
-    )
-    model.train(was_training)
-    return tokenizer.decode(generated[0, prompt.shape[1] :], skip_special_tokens=True)
-
-
-def _stop_tokens(model: LadderForCausalLM, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """EOS of the tokenizer, which training supervised, and whatever ends the backbone's own turns."""
-    own = model.generation_config.eos_token_id
-    own = [] if own is None else own if isinstance(own, list) else [own]
-    return sorted({tokenizer.eos_token_id, *own} - {None})
-
-
-def prompt_ids(tokenizer: PreTrainedTokenizerBase, prompt: str, chat: bool) -> Tensor:
-    """Token ids [n] of a prompt as training saw it: behind BOS, or as a user's turn of the chat template.
-
-    Raises:
-        ValueError: an empty prompt, or no chat template where one is asked for.
-    """
-    if chat:
-        if not tokenizer.chat_template:
-            raise ValueError("the tokenizer has no chat template; leave --chat out")
-        turn = [{"role": "user", "content": prompt}]
-        text = tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    else:
-        prefix, ids = prefix_ids(tokenizer), tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        ids = ids if ids[: len(prefix)] == prefix else prefix + ids
-    if not ids:
-        raise ValueError("the prompt is empty; give some text with --prompt")
-    return torch.tensor(ids)
-
-
 def _generation(
     model: LadderForCausalLM, tokenizer: PreTrainedTokenizerBase, sample: dict[str, Tensor], number: int
 ) -> str:
@@ -279,7 +233,7 @@ def _generation(
     else:
         end = start + int(learned[start:].cumprod(0).sum())
     reference = tokenizer.decode(ids[start:end], skip_special_tokens=True)
-    answer = generate_text(model, tokenizer, ids[:start], SHOWN_NEW_TOKENS)
+    answer = generate_text(model, tokenizer, ids[:start], SHOWN_NEW_TOKENS).text
     return (
         f"Held-out sample {number + 1}\n  prompt:\n{_indented(tokenizer.decode(ids[:start]), keep_end=True)}\n"
         f"  reference:\n{_indented(reference)}\n  generated:\n{_indented(answer)}"

@@ -1,21 +1,15 @@
-"""What `ladder info` shows."""
+"""What `ladder info` shows of backbones and adapters."""
 
 from __future__ import annotations
 
-import platform
-from importlib import metadata
 from pathlib import Path
 
 import torch
 
-import engine
 from engine.backbone import BackboneConfig
 from engine.backbone.families import backbone_config, expected_tensors, parse_config
 from engine.backbone.files import CONFIG, locate, read_json
 from engine.checkpoint import CONFIG_NAME, WEIGHTS_NAME, read_adapter
-from ladder_kernels import native
-
-DISTRIBUTIONS = ("torch", "triton", "transformers", "accelerate", "safetensors", "datasets")
 
 
 def backbone_lines(source: str) -> list[str]:
@@ -53,29 +47,3 @@ def adapter_lines(folder: Path) -> list[str]:
         f"parameters      about {size // 4:,}, fp32",
         f"weights         {size / 2**20:,.1f} MiB",
     ]
-
-
-def system_lines() -> list[str]:
-    """Versions, devices and the state of the native library."""
-    status = native.status()
-    lines = [
-        f"ladder-engine   {engine.__version__}, Python {platform.python_version()}, {platform.platform()}",
-        "versions        " + ", ".join(f"{name} {_version(name)}" for name in DISTRIBUTIONS),
-    ]
-    if torch.cuda.is_available():
-        properties = torch.cuda.get_device_properties(0)
-        lines.append(f"device          {properties.name}, {properties.total_memory / 1e9:.1f} GB")
-    else:
-        lines.append(f"device          cpu, {torch.get_num_threads()} threads")
-    if status.implementation == "native":
-        lines.append(f"native library  {status.path} ({status.isa})")
-    else:
-        lines.append(f"native library  absent, slower plain-torch kernels run instead: {status.reason}")
-    return lines
-
-
-def _version(distribution: str) -> str:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return "absent"

@@ -6,12 +6,14 @@ only. `device` moves take it along, dtype casts do not. Copies of the model shar
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import HfApi
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -188,6 +190,45 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
             raise ValueError(f"state_dict lacks {len(missing)} weights of the side network, first {missing[0]}")
         save_adapter(save_directory, self.ladder_config, self.backbone, weights, tokenizer)
         self.config.save_pretrained(save_directory)
+
+    def push_to_hub(  # type: ignore[override]
+        self,
+        repo_id: str,
+        *,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        private: bool | None = None,
+        token: str | bool | None = None,
+        revision: str | None = None,
+        commit_message: str = "Upload adapter",
+        create_pr: bool = False,
+    ) -> str:
+        """Upload what `save_pretrained` writes; transformers' own would put an empty card in the place of ours.
+
+        Args:
+            repo_id: "owner/name", made if it does not exist.
+            tokenizer: uploaded along.
+            private: whether a new repository is.
+            token: of the hub; None: the one logged in with.
+            revision: branch to commit to, made if it does not exist.
+            commit_message: of the one commit.
+            create_pr: as a pull request.
+
+        Returns:
+            address of the commit.
+        """
+        api = HfApi(token=token)
+        repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        if revision is not None:
+            api.create_branch(repo_id, branch=revision, exist_ok=True)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save_pretrained(folder, tokenizer=tokenizer)
+            return api.upload_folder(
+                repo_id=repo_id,
+                folder_path=folder,
+                revision=revision,
+                commit_message=commit_message,
+                create_pr=create_pr,
+            )
 
     @property
     def backbone(self) -> Backbone:

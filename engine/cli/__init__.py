@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import platform
-from collections.abc import Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from engine.cli.errors import RUN_ERROR, errors
+from engine.cli.use import chat, evaluate, generate
 
 app = typer.Typer(
     add_completion=False,
@@ -17,31 +17,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Fine-tune large language models on small GPUs with Ladder side networks.",
 )
-USAGE_ERROR, RUN_ERROR = 2, 1
-
-
-@contextlib.contextmanager
-def _errors() -> Iterator[None]:
-    """One message instead of a traceback for what a user can mend."""
-    try:
-        yield
-    except ValueError as error:
-        _fail(error, USAGE_ERROR)
-    except OSError as error:
-        _fail(error, RUN_ERROR)
-    except (RuntimeError, MemoryError) as error:
-        from engine.out_of_memory import TrainingMemoryError, is_out_of_memory
-
-        if not is_out_of_memory(error):
-            raise
-        if isinstance(error, TrainingMemoryError):
-            _fail(error, RUN_ERROR)
-        _fail(f"out of memory; lower --batch-size or --max-length, or name a smaller --budget: {error}", RUN_ERROR)
-
-
-def _fail(message: object, code: int) -> None:
-    typer.echo(f"error: {message}", err=True)
-    raise typer.Exit(code)
 
 
 @app.command()
@@ -74,7 +49,7 @@ def train(
 ) -> None:
     """Train a side network. Without arguments: the quickstart, offline, on a shipped backbone and task."""
     given = {name: value for name, value in locals().items() if name != "config"}
-    with _errors():
+    with errors():
         options = _train_options(given, config)
         from engine.finetune import finetune
 
@@ -106,7 +81,7 @@ def plan(
     reduction_factor: Annotated[int, typer.Option(help="Backbone width over side width.")] = 16,
 ) -> None:
     """Plan the memory of training on a GPU: every part, the policies to choose, time bounds, and what fits."""
-    with _errors():
+    with errors():
         from engine.config import LadderConfig
         from engine.planner import Planner, budget_report, parse_bytes
         from engine.preflight import read_shape
@@ -118,26 +93,9 @@ def plan(
         typer.echo("\n".join(budget_report(planner, work, card_bytes)))
 
 
-@app.command()
-def generate(
-    adapter: Annotated[Path, typer.Option(help="Folder that `ladder train` wrote.")],
-    prompt: Annotated[str, typer.Option(help="Text to continue.")],
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="At most this many tokens.")] = 128,
-    chat: Annotated[bool, typer.Option("--chat", help="The prompt is a user's turn of the chat template.")] = False,
-    model: Annotated[str | None, typer.Option(help="Where the backbone is now, if it was moved.")] = None,
-) -> None:
-    """Continue a prompt, greedily, with a trained side network."""
-    with _errors():
-        import torch
-        from transformers import AutoTokenizer
-
-        from engine.finetune import generate_text, prompt_ids
-        from engine.model import LadderForCausalLM
-
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        ladder = LadderForCausalLM.from_pretrained(adapter, backbone=model, device=device)
-        tokenizer = AutoTokenizer.from_pretrained(adapter, trust_remote_code=False, local_files_only=True)
-        typer.echo(generate_text(ladder, tokenizer, prompt_ids(tokenizer, prompt, chat), max_new_tokens))
+app.command()(generate)
+app.command()(chat)
+app.command("eval")(evaluate)
 
 
 @app.command()
@@ -146,33 +104,36 @@ def info(
     adapter: Annotated[Path | None, typer.Option(help="Adapter folder to describe.")] = None,
 ) -> None:
     """Show versions, the native library's state, and a backbone's or adapter's configuration and size."""
-    with _errors():
+    with errors():
         if model is not None and adapter is not None:
             raise ValueError("--model and --adapter: give one of them")
-        from engine.info import adapter_lines, backbone_lines, system_lines
+        from engine.doctor import system_lines
+        from engine.info import adapter_lines, backbone_lines
 
         lines = backbone_lines(model) if model is not None else adapter_lines(adapter) if adapter is not None else []
         typer.echo("\n".join([*lines, *system_lines()]))
 
 
+@app.command()
+def doctor() -> None:
+    """Show what this machine has and what is missing; exit code 1 where training cannot run."""
+    from engine.doctor import diagnose
+
+    report = diagnose()
+    typer.echo(report.text())
+    if not report.can_train:
+        raise typer.Exit(RUN_ERROR)
+
+
 @app.callback(invoke_without_command=True)
 def _version(show: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if show:
-        typer.echo(f"ladder-engine {_installed('ladder-engine')}, Python {platform.python_version()}")
+        from engine.doctor import version
+
+        typer.echo(f"ladder-engine {version('ladder-engine') or 'not installed'}, Python {platform.python_version()}")
         raise typer.Exit
-
-
-def _installed(distribution: str) -> str:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return "not installed"
 
 
 def main() -> None:
     """Entry point of the console script."""
     app()
-
-
-if __name__ == "__main__":
-    main()
