@@ -18,7 +18,7 @@ DEFAULT_LEARNING_RATE = 3e-3
 
 @dataclass
 class LadderArguments(TrainingArguments):
-    """`transformers.TrainingArguments` with other defaults, `max_length`, `cuda_graph`, and how to use
+    """`transformers.TrainingArguments` with other defaults, `max_length`, `packing`, `cuda_graph`, and how to use
     memory: `taps`, `memory_budget` and `ignore_memory_plan`.
 
     The learning rate is about ten times what low-rank adapters take (LST trains side networks with 3e-3), reached after
@@ -39,6 +39,13 @@ class LadderArguments(TrainingArguments):
     prediction_loss_only: bool = field(default=True, metadata={"help": "Evaluation returns the loss and nothing else."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Data is tokenized by the trainer itself."})
     max_length: int = field(default=DEFAULT_MAX_LENGTH, metadata={"help": "Longest sample, in tokens."})
+    packing: bool = field(
+        default=False,
+        metadata={
+            "help": "Train on rows of up to max_length tokens, each holding as many whole samples as fit, which do not "
+            "see each other. A batch size then counts rows. Evaluation is not packed."
+        },
+    )
     cuda_graph: bool = field(
         default=False,
         metadata={
@@ -72,6 +79,8 @@ class LadderArguments(TrainingArguments):
             parse_bytes(self.memory_budget)
         if self.optim == "adamw_torch_8bit" and find_spec("torchao") is None:
             raise ValueError("optim adamw_torch_8bit needs torchao: pip install 'ladder-engine[adamw8bit]'")
+        if self.cuda_graph and self.packing:
+            raise ValueError("packing makes rows of ever new layouts, each a graph of its own: leave out cuda_graph")
         if self.cuda_graph:
             self.logging_nan_inf_filter = False
 

@@ -11,10 +11,12 @@ fills it is an error, because nothing of that sample could be learned.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -40,31 +42,35 @@ class Sample:
     learned: list[bool]
 
 
-class TokenizedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
+class TokenizedDataset(torch.utils.data.Dataset[dict[str, Any]]):
     """Samples as flat arrays: 5 bytes per token, whatever the number of samples.
 
-    Item i is `{"input_ids": int64 [n], "labels": int64 [n]}`; labels are unshifted, -100 where there is no loss, always
-    at the first token.
+    Item i is `{"input_ids": int64 [n], "labels": int64 [n], "sample_id": int}`; labels are unshifted, -100 where there
+    is no loss, always at the first token. sample_id is the line or record that the sample came from.
 
     Attributes:
+        lengths: int64 [samples], tokens of each.
         truncated: how many samples were cut at max_length.
     """
 
     def __init__(self, samples: Iterable[Sample], truncated: int = 0) -> None:
-        ids, learned, lengths = [], [], []
+        ids, learned, lengths, numbers = [], [], [], []
         for sample in samples:
             ids.append(np.asarray(sample.ids, dtype=np.int32))
             learned.append(np.asarray(sample.learned, dtype=np.bool_))
             lengths.append(len(sample.ids))
+            numbers.append(sample.number)
         self._ids = np.concatenate(ids)
         self._learned = np.concatenate(learned)
-        self._ends = np.cumsum(lengths)
+        self.lengths = np.array(lengths, dtype=np.int64)
+        self._ends = np.cumsum(self.lengths)
+        self._numbers = np.array(numbers, dtype=np.int64)
         self.truncated = truncated
 
     def __len__(self) -> int:
         return len(self._ends)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         if not -len(self) <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         index %= len(self)
@@ -72,17 +78,28 @@ class TokenizedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
         ids = torch.from_numpy(self._ids[rows].astype(np.int64))
         labels = torch.where(torch.from_numpy(self._learned[rows]), ids, IGNORE_INDEX)
         labels[0] = IGNORE_INDEX
-        return {"input_ids": ids, "labels": labels}
+        return {"input_ids": ids, "labels": labels, "sample_id": int(self._numbers[index])}
 
     @property
     def longest(self) -> int:
         """Tokens of the longest sample."""
-        return int(np.diff(self._ends, prepend=0).max(initial=0))
+        return int(self.lengths.max(initial=0))
 
     @property
     def num_tokens(self) -> int:
         """Tokens of all samples together."""
         return len(self._ids)
+
+    def digest(self) -> str:
+        """sha256 over token ids, loss mask and lengths: the same for the same samples in the same order."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
+        hashed = hashlib.sha256()
+        for array in (self.lengths, self._ids, self._learned):
+            hashed.update(array.astype(array.dtype.newbyteorder("<"), copy=False).data)
+        return hashed.hexdigest()
 
 
 def prepare_dataset(

@@ -27,6 +27,7 @@ from engine.layer_major import LayerMajor
 from engine.memory import MemoryPlan
 from engine.model import LadderForCausalLM
 from engine.out_of_memory import TrainingMemoryError, WholeSteps, explain, is_out_of_memory, release
+from engine.packing import PackedDataset
 from engine.planner import Planner, parse_bytes, usable_bytes
 from engine.preflight import check_free, fit_training, free_bytes, place_backbone, policies_of, read_shape
 from engine.step_graph import CudaGraphs, StepGraphs, check_arguments
@@ -75,6 +76,8 @@ class LadderMixin:
             )
         processing_class = _tokenizer_if_any(model) if processing_class is None else processing_class
         train_dataset = _prepared(train_dataset, processing_class, args, model)
+        if getattr(args, "packing", False) and train_dataset is not None:
+            train_dataset = _packed(train_dataset, args)
         parts = eval_dataset if isinstance(eval_dataset, dict) else {None: eval_dataset}
         parts = {name: _prepared(part, processing_class, args, model) for name, part in parts.items()}
         eval_dataset = parts if isinstance(eval_dataset, dict) else parts[None]
@@ -140,6 +143,8 @@ class LadderMixin:
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[dict[str, Any]], Tensor | int | None]:
         """The stock micro-batches of the next step, which then pass the backbone together."""
         batches, num_items = super().get_batch_samples(*args, **kwargs)
+        for batch in batches:
+            batch.pop("sample_ids", None)
         # DDP hooks into one forward per backward, and a graph is of one micro-batch.
         is_alone = self.accelerator.num_processes == 1 and self.step_graphs is None
         self.layer_major.begin(batches if is_alone else ())
@@ -166,6 +171,7 @@ class LadderMixin:
     ) -> tuple[Tensor, None, None]:
         """Mean loss of one batch; its sum and number of tokens are added to the evaluation's totals."""
         inputs = self._prepare_inputs(inputs)
+        inputs.pop("sample_ids", None)
         with torch.no_grad():
             outputs = model(**inputs, num_items_in_batch=1)
         self._eval_total += torch.stack((outputs.loss.double(), outputs.num_supervised.double()))
@@ -232,12 +238,12 @@ class LadderMixin:
         return "device" if taps == "auto" and self.step_graphs is not None else taps
 
     def _longest_sample(self) -> int | None:
-        """Tokens of the longest sample, where all data sets were tokenized here."""
+        """Tokens of the longest sample or packed row, where all data sets were tokenized here."""
         parts = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
         data = [part for part in (self.train_dataset, *parts) if part is not None]
-        return (
-            max((d.longest for d in data), default=None) if all(isinstance(d, TokenizedDataset) for d in data) else None
-        )
+        if not all(isinstance(part, TokenizedDataset | PackedDataset) for part in data):
+            return None
+        return max((part.longest for part in data), default=None)
 
     def _fit_memory(self) -> tuple[Planner, Workload, MemoryPlan]:
         """Choose what fits beside the loaded backbone; print what training will hold; raise where that is not free."""
@@ -361,3 +367,15 @@ def _prepared(data: Any, tokenizer: Any, args: TrainingArguments, model: LadderF
     tokenizer = model.backbone.tokenizer() if tokenizer is None else tokenizer
     max_length = getattr(args, "max_length", None) or DEFAULT_MAX_LENGTH
     return prepare_dataset(data, tokenizer, max_length=max_length, vocab_size=model.backbone.config.vocab_size)
+
+
+def _packed(data: Any, args: TrainingArguments) -> PackedDataset:
+    """The training data in rows of max_length tokens."""
+    if isinstance(data, PackedDataset):
+        return data
+    if not isinstance(data, TokenizedDataset):
+        raise ValueError(
+            f"packing=True needs the length of every sample, which a {type(data).__name__} does not tell: pass a jsonl "
+            "path, a datasets.Dataset or a list of dictionaries, or leave packing out"
+        )
+    return PackedDataset(data, args.max_length, args.seed if args.data_seed is None else args.data_seed)

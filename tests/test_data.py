@@ -257,6 +257,27 @@ def test_split_is_seeded_and_complete() -> None:
     assert records.split(5, seed=1)[1].rows == heldout.rows != records.split(5, seed=2)[1].rows
 
 
+def test_digest_is_of_ids_mask_and_lengths() -> None:
+    """The same for the same samples, whatever made them; another for another border, mask or order."""
+    rows = [{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9]}]
+    digest = prepared(rows).digest()
+    assert digest == prepared(rows).digest() and len(digest) == 64
+    others = [
+        [{"input_ids": [5, 6]}, {"input_ids": [7, 8, 9]}],
+        [{"input_ids": [5, 6, 7], "labels": [-100, -100, 7]}, {"input_ids": [8, 9]}],
+        rows[::-1],
+    ]
+    assert len({digest, *(prepared(other).digest() for other in others)}) == 4
+
+
+def test_samples_know_their_record(tmp_path: Path) -> None:
+    dataset = prepared(write(tmp_path, {"text": "abcdefgh"}, b"", {"text": "x"}), max_length=6)
+    assert [sample["sample_id"] for sample in dataset] == [1, 1, 3]
+    samples = [dataset[i] for i in range(3)]
+    assert Collator()(samples)["sample_ids"] == [1, 1, 3]
+    assert "sample_ids" not in Collator()([*samples, {"input_ids": [1, 2]}])
+
+
 def test_dataset_indexing() -> None:
     dataset = prepared([{"text": "a"}, {"text": "bcd"}])
     assert len(dataset) == 2 and dataset.num_tokens == 6
