@@ -31,6 +31,7 @@ from engine.packing import PackedDataset
 from engine.planner import Planner, parse_bytes, usable_bytes
 from engine.preflight import check_free, fit_training, free_bytes, place_backbone, policies_of, read_shape
 from engine.step_graph import CudaGraphs, StepGraphs, check_arguments
+from engine.streaming import StreamedDataset
 from engine.summary import PeakMemory, StepClock
 from engine.workload import GB, MemoryPolicies, Workload
 
@@ -75,7 +76,7 @@ class LadderMixin:
                 "as model, or leave ladder_config out"
             )
         processing_class = _tokenizer_if_any(model) if processing_class is None else processing_class
-        train_dataset = _prepared(train_dataset, processing_class, args, model)
+        train_dataset = _prepared(train_dataset, processing_class, args, model, endless=True)
         if getattr(args, "packing", False) and train_dataset is not None:
             train_dataset = _packed(train_dataset, args)
         parts = eval_dataset if isinstance(eval_dataset, dict) else {None: eval_dataset}
@@ -307,8 +308,10 @@ class LadderTrainer(LadderMixin, Trainer):
         model: a `LadderForCausalLM`, or the path or hub id of a backbone; a side network of `ladder_config` (default:
             the preset "ladder") is then put beside it.
         args: `LadderArguments` or any `transformers.TrainingArguments`.
-        train_dataset, eval_dataset: a jsonl path, a `datasets.Dataset`, a list of dictionaries (see `engine.data`), or
-            a torch data set of samples with `input_ids` and `labels`; evaluation also takes a dictionary of these.
+        train_dataset, eval_dataset: a jsonl path, a `datasets.Dataset`, a list of dictionaries (see `engine.data`), a
+            `datasets.IterableDataset` or torch stream of such records (see `engine.streaming`; training then needs
+            max_steps), or a torch data set of samples with `input_ids` and `labels`; evaluation also takes a dictionary
+            of these.
         processing_class: the tokenizer; default: the backbone's.
         ladder_config: keyword only.
 
@@ -360,13 +363,26 @@ def _without_count(batch: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
     return inputs, count
 
 
-def _prepared(data: Any, tokenizer: Any, args: TrainingArguments, model: LadderForCausalLM) -> Any:
-    """User data as token ids; torch data sets are taken as they are."""
-    if data is None or (isinstance(data, torch.utils.data.Dataset) and not hasattr(data, "column_names")):
+def _prepared(
+    data: Any, tokenizer: Any, args: TrainingArguments, model: LadderForCausalLM, endless: bool = False
+) -> Any:
+    """User data as token ids, a stream on the fly; torch data sets with places to index are taken as they are."""
+    is_stream = isinstance(data, torch.utils.data.IterableDataset)
+    is_torch = isinstance(data, torch.utils.data.Dataset) and not is_stream and not hasattr(data, "column_names")
+    if data is None or is_torch or isinstance(data, StreamedDataset):
         return data
-    tokenizer = model.backbone.tokenizer() if tokenizer is None else tokenizer
-    max_length = getattr(args, "max_length", None) or DEFAULT_MAX_LENGTH
-    return prepare_dataset(data, tokenizer, max_length=max_length, vocab_size=model.backbone.config.vocab_size)
+    limits = {
+        "max_length": getattr(args, "max_length", None) or DEFAULT_MAX_LENGTH,
+        "vocab_size": model.backbone.config.vocab_size,
+    }
+    if not is_stream:
+        return prepare_dataset(data, model.backbone.tokenizer() if tokenizer is None else tokenizer, **limits)
+    if args.dataloader_num_workers > 1:
+        raise ValueError(
+            f"dataloader_num_workers is {args.dataloader_num_workers}, and each would read the whole stream: set it to "
+            "0 or 1"
+        )
+    return StreamedDataset(data, tokenizer, **limits, endless=endless)
 
 
 def _packed(data: Any, args: TrainingArguments) -> PackedDataset:
