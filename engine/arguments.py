@@ -19,7 +19,7 @@ DEFAULT_LEARNING_RATE = 3e-3
 @dataclass
 class LadderArguments(TrainingArguments):
     """`transformers.TrainingArguments` with other defaults, `max_length`, `packing`, `cuda_graph`, and how to use
-    memory: `taps`, `memory_budget` and `ignore_memory_plan`.
+    memory: `taps`, `memory_budget`, `ignore_memory_plan` and `longest_first`.
 
     The learning rate is about ten times what low-rank adapters take (LST trains side networks with 3e-3), reached after
     a warm-up of 3 % of the steps and followed by a cosine. Evaluation never builds logits.
@@ -44,6 +44,13 @@ class LadderArguments(TrainingArguments):
         metadata={
             "help": "Train on rows of up to max_length tokens, each holding as many whole samples as fit, which do not "
             "see each other. A batch size then counts rows. Evaluation is not packed."
+        },
+    )
+    longest_first: bool = field(
+        default=False,
+        metadata={
+            "help": "Try forward and backward of the longest samples before the first step, so that memory that does "
+            "not suffice runs out at once. Training gives the same bits."
         },
     )
     cuda_graph: bool = field(

@@ -24,6 +24,7 @@ from engine.config import LadderConfig
 from engine.data import TokenizedDataset, prepare_dataset
 from engine.dtypes import compute_dtype
 from engine.layer_major import LayerMajor
+from engine.longest_batch import LongestBatchFirst
 from engine.memory import MemoryPlan
 from engine.model import LadderForCausalLM
 from engine.out_of_memory import TrainingMemoryError, WholeSteps, explain, is_out_of_memory, release
@@ -90,6 +91,9 @@ class LadderMixin:
         for name in ("compute_loss_func", "compute_metrics", "preprocess_logits_for_metrics"):
             if getattr(self, name) is not None:
                 raise ValueError(f"{name} needs logits, which are never built here; use generate() in a callback")
+        if getattr(args, "longest_first", False) and train_dataset is not None:
+            _check_lengths(train_dataset, "longest_first")
+            self.add_callback(LongestBatchFirst(self))
         graphed = getattr(self.args, "cuda_graph", False)
         self.step_graphs = StepGraphs(model, CudaGraphs(self.args.device)) if graphed else None
         self.clock = StepClock(self.args.device)
@@ -387,11 +391,16 @@ def _prepared(
 
 def _packed(data: Any, args: TrainingArguments) -> PackedDataset:
     """The training data in rows of max_length tokens."""
+    _check_lengths(data, "packing")
     if isinstance(data, PackedDataset):
         return data
-    if not isinstance(data, TokenizedDataset):
-        raise ValueError(
-            f"packing=True needs the length of every sample, which a {type(data).__name__} does not tell: pass a jsonl "
-            "path, a datasets.Dataset or a list of dictionaries, or leave packing out"
-        )
     return PackedDataset(data, args.max_length, args.seed if args.data_seed is None else args.data_seed)
+
+
+def _check_lengths(data: Any, option: str) -> None:
+    """Refuse data of unknown lengths for an option that needs them."""
+    if not isinstance(data, TokenizedDataset | PackedDataset):
+        raise ValueError(
+            f"{option}=True needs the length of every sample, which a {type(data).__name__} does not tell: pass a "
+            f"jsonl path, a datasets.Dataset or a list of dictionaries, or leave {option} out"
+        )
