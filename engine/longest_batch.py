@@ -2,7 +2,7 @@
 
 Where samples are of many lengths, the largest micro-batches come late or never, and the memory plan is an estimate.
 With `LadderArguments(longest_first=True)` the longest samples pass forward and backward once, beside memory for what
-the optimizer will hold, and nothing of it stays: gradients are dropped, random states and the clock are put back, and no
+the optimizer will hold, and nothing of it stays: gradients are dropped, random states and the clock are put back, no
 sample counts as seen. Training, new or resumed, then gives the same bits as without. With `auto_find_batch_size` it is
 where the batch size is found.
 """

@@ -17,11 +17,11 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from engine.arguments import DEFAULT_MAX_LENGTH, LadderArguments, optimizer_policy, workload
+from engine.arguments import LadderArguments, optimizer_policy, workload
 from engine.checkpoint import load_adapter
 from engine.collator import Collator
 from engine.config import LadderConfig
-from engine.data import TokenizedDataset, prepare_dataset
+from engine.data import TokenizedDataset
 from engine.dtypes import compute_dtype
 from engine.layer_major import LayerMajor
 from engine.longest_batch import LongestBatchFirst
@@ -32,8 +32,8 @@ from engine.packing import PackedDataset
 from engine.planner import Planner, parse_bytes, usable_bytes
 from engine.preflight import check_free, fit_training, free_bytes, place_backbone, policies_of, read_shape
 from engine.step_graph import CudaGraphs, StepGraphs, check_arguments
-from engine.streaming import StreamedDataset
 from engine.summary import PeakMemory, StepClock
+from engine.training_data import prepared, training_data
 from engine.workload import GB, MemoryPolicies, Workload
 
 
@@ -77,11 +77,9 @@ class LadderMixin:
                 "as model, or leave ladder_config out"
             )
         processing_class = _tokenizer_if_any(model) if processing_class is None else processing_class
-        train_dataset = _prepared(train_dataset, processing_class, args, model, endless=True)
-        if getattr(args, "packing", False) and train_dataset is not None:
-            train_dataset = _packed(train_dataset, args)
+        train_dataset = training_data(train_dataset, processing_class, args, model)
         parts = eval_dataset if isinstance(eval_dataset, dict) else {None: eval_dataset}
-        parts = {name: _prepared(part, processing_class, args, model) for name, part in parts.items()}
+        parts = {name: prepared(part, processing_class, args, model) for name, part in parts.items()}
         eval_dataset = parts if isinstance(eval_dataset, dict) else parts[None]
         # One row per batch: accelerate must not cut a batch into samples, as it would for a stream.
         args.accelerator_config.dispatch_batches = False
@@ -92,7 +90,6 @@ class LadderMixin:
             if getattr(self, name) is not None:
                 raise ValueError(f"{name} needs logits, which are never built here; use generate() in a callback")
         if getattr(args, "longest_first", False) and train_dataset is not None:
-            _check_lengths(train_dataset, "longest_first")
             self.add_callback(LongestBatchFirst(self))
         graphed = getattr(self.args, "cuda_graph", False)
         self.step_graphs = StepGraphs(model, CudaGraphs(self.args.device)) if graphed else None
@@ -115,7 +112,7 @@ class LadderMixin:
         return super().get_test_dataloader(self._prepared(test_dataset))
 
     def _prepared(self, data: Any) -> Any:
-        return _prepared(data, self.processing_class, self.args, self.accelerator.unwrap_model(self.model))
+        return prepared(data, self.processing_class, self.args, self.accelerator.unwrap_model(self.model))
 
     def compute_loss(
         self,
@@ -365,42 +362,3 @@ def _without_count(batch: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
     inputs = dict(batch)
     count = inputs.pop("num_items_in_batch")
     return inputs, count
-
-
-def _prepared(
-    data: Any, tokenizer: Any, args: TrainingArguments, model: LadderForCausalLM, endless: bool = False
-) -> Any:
-    """User data as token ids, a stream on the fly; torch data sets with places to index are taken as they are."""
-    is_stream = isinstance(data, torch.utils.data.IterableDataset)
-    is_torch = isinstance(data, torch.utils.data.Dataset) and not is_stream and not hasattr(data, "column_names")
-    if data is None or is_torch or isinstance(data, StreamedDataset):
-        return data
-    limits = {
-        "max_length": getattr(args, "max_length", None) or DEFAULT_MAX_LENGTH,
-        "vocab_size": model.backbone.config.vocab_size,
-    }
-    if not is_stream:
-        return prepare_dataset(data, model.backbone.tokenizer() if tokenizer is None else tokenizer, **limits)
-    if args.dataloader_num_workers > 1:
-        raise ValueError(
-            f"dataloader_num_workers is {args.dataloader_num_workers}, and each would read the whole stream: set it to "
-            "0 or 1"
-        )
-    return StreamedDataset(data, tokenizer, **limits, endless=endless)
-
-
-def _packed(data: Any, args: TrainingArguments) -> PackedDataset:
-    """The training data in rows of max_length tokens."""
-    _check_lengths(data, "packing")
-    if isinstance(data, PackedDataset):
-        return data
-    return PackedDataset(data, args.max_length, args.seed if args.data_seed is None else args.data_seed)
-
-
-def _check_lengths(data: Any, option: str) -> None:
-    """Refuse data of unknown lengths for an option that needs them."""
-    if not isinstance(data, TokenizedDataset | PackedDataset):
-        raise ValueError(
-            f"{option}=True needs the length of every sample, which a {type(data).__name__} does not tell: pass a "
-            f"jsonl path, a datasets.Dataset or a list of dictionaries, or leave {option} out"
-        )
