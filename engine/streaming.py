@@ -41,7 +41,8 @@ class StreamedDataset(torch.utils.data.IterableDataset[dict[str, Any]]):
         endless: start over at the end, for training.
 
     Raises:
-        DataError: while iterating; names the record (counted from 1 in each pass) and field. An empty stream is one.
+        DataError: while iterating, so a malformed record ends training when it is reached; names the record (counted
+            from 1 in each pass) and field. An empty stream is one.
     """
 
     def __init__(

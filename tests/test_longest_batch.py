@@ -40,12 +40,18 @@ def outcome(training: LadderTrainer) -> dict[str, Any]:
     }
 
 
+def draw(*_: Any) -> None:
+    """A random number of every pass, as dropout would draw it."""
+    torch.rand(1)
+
+
 @pytest.mark.parametrize("options", [{}, {"packing": True}, {"optim": "sgd"}], ids=["samples", "packed", "sgd"])
 def test_training_gives_the_same_bits(tmp_path: Path, options: dict[str, Any]) -> None:
     outcomes = []
     for longest_first in (False, True):
         torch.manual_seed(3)
         training = trainer(tmp_path, longest_first=longest_first, **options)
+        training.model.register_forward_pre_hook(draw)
         training.train()
         outcomes.append(outcome(training))
     without, tried = outcomes
