@@ -19,8 +19,8 @@ DEFAULT_MAX_SKIPPED_STEPS = 5
 
 @dataclass
 class LadderArguments(TrainingArguments):
-    """`transformers.TrainingArguments` with other defaults, `max_length`, `cuda_graph`, and how to use
-    memory: `taps`, `memory_budget` and `ignore_memory_plan`.
+    """`transformers.TrainingArguments` with other defaults, `max_length`, `packing`, `cuda_graph`, and how to use
+    memory: `taps`, `memory_budget`, `ignore_memory_plan` and `longest_first`.
 
     The learning rate is about ten times what low-rank adapters take (LST trains side networks with 3e-3), reached after
     a warm-up of 3 % of the steps and followed by a cosine. Evaluation never builds logits.
@@ -40,6 +40,20 @@ class LadderArguments(TrainingArguments):
     prediction_loss_only: bool = field(default=True, metadata={"help": "Evaluation returns the loss and nothing else."})
     remove_unused_columns: bool = field(default=False, metadata={"help": "Data is tokenized by the trainer itself."})
     max_length: int = field(default=DEFAULT_MAX_LENGTH, metadata={"help": "Longest sample, in tokens."})
+    packing: bool = field(
+        default=False,
+        metadata={
+            "help": "Train on rows of up to max_length tokens, each holding as many whole samples as fit, which do not "
+            "see each other. A batch size then counts rows. Evaluation is not packed."
+        },
+    )
+    longest_first: bool = field(
+        default=False,
+        metadata={
+            "help": "Try forward and backward of the longest samples before the first step, so that memory that does "
+            "not suffice runs out at once. Training gives the same bits."
+        },
+    )
     cuda_graph: bool = field(
         default=False,
         metadata={
@@ -79,8 +93,27 @@ class LadderArguments(TrainingArguments):
             parse_bytes(self.memory_budget)
         if self.optim == "adamw_torch_8bit" and find_spec("torchao") is None:
             raise ValueError("optim adamw_torch_8bit needs torchao: pip install 'ladder-engine[adamw8bit]'")
+        if self.cuda_graph and self.packing:
+            raise ValueError("packing makes rows of ever new layouts, each a graph of its own: leave out cuda_graph")
         if self.cuda_graph:
             self.logging_nan_inf_filter = False
+
+
+def check_supported(args: TrainingArguments) -> None:
+    """Refuse what the fused loss cannot do instead of ignoring it.
+
+    Raises:
+        ValueError: label smoothing, noise on embeddings, or more than one GPU in one process.
+    """
+    if args.label_smoothing_factor:
+        raise ValueError(f"label_smoothing_factor is {args.label_smoothing_factor}; the fused loss supports 0 only")
+    if args.neftune_noise_alpha is not None:
+        raise ValueError("neftune_noise_alpha is set; the embedding belongs to the frozen backbone and takes no noise")
+    if args.n_gpu > 1:
+        raise ValueError(
+            f"{args.n_gpu} GPUs are visible to one process; start one process per GPU with torchrun, or show it one "
+            "with CUDA_VISIBLE_DEVICES"
+        )
 
 
 def optimizer_policy(args: TrainingArguments) -> Literal["adamw", "adamw_8bit"]:

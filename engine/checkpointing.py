@@ -19,7 +19,7 @@ from transformers.trainer_utils import SaveStrategy, TrainOutput
 
 from engine import checkpoint_store as store
 from engine.checkpoint_store import CheckpointError, Manifest
-from engine.data import TokenizedDataset
+from engine.interruption import EvaluationInterrupted, Interruption
 from engine.training_state import (
     load_optimizer_state,
     load_state,
@@ -41,6 +41,7 @@ class CrashSafeCheckpoints:
 
     _run = ""
     last_saved_step: int | None = None
+    interruption: Interruption
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
         """The stock training.
@@ -52,10 +53,23 @@ class CrashSafeCheckpoints:
         Raises:
             CheckpointError: there is none, the folder is damaged, or training goes on with other data, batches or
                 processes, so that the result would be another (`ignore_data_skip` accepts that).
+            SystemExit: SIGTERM (status 143) or SIGINT (130), after a checkpoint.
         """
         resume = self._checkpoint_to_resume(resume_from_checkpoint)
         self.last_saved_step = None
-        return super().train(None if resume is None else str(resume), *args, **kwargs)
+        with self.interruption:
+            try:
+                output = super().train(None if resume is None else str(resume), *args, **kwargs)
+            except EvaluationInterrupted:
+                self.is_in_train = False
+                output = None
+            status = self.interruption.exit_status
+            if status is None:
+                assert output is not None
+                return output
+            if self.state.global_step != self.last_saved_step:
+                self._save_checkpoint(self.model, None)
+        raise SystemExit(status)
 
     def _checkpoint_to_resume(self, wanted: str | bool | None) -> Path | None:
         folder = Path(self.args.output_dir)
@@ -80,7 +94,7 @@ class CrashSafeCheckpoints:
             "gradient_accumulation_steps": args.gradient_accumulation_steps,
             "seed": args.seed,
             "data_seed": args.data_seed,
-            "data": data.digest() if isinstance(data, TokenizedDataset) else None,
+            "data": data.digest() if hasattr(data, "digest") else None,
         }
 
     def _check_settings(self, folder: Path, manifest: Manifest) -> None:

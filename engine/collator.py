@@ -27,12 +27,13 @@ class Collator:
     row_bucket: int = 64
     pad_to: int | None = None
 
-    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def __call__(self, samples: Sequence[Mapping[str, Any] | Sequence[Mapping[str, Any]]]) -> dict[str, Any]:
         """Build a batch.
 
         Args:
             samples: each has `input_ids` [n]; optionally `labels` [n], unshifted, -100 where there is no loss (without
-                them every token counts) and `attention_mask` [n], whose zeros are dropped.
+                them every token counts), `attention_mask` [n], whose zeros are dropped, and `sample_id`, where it came
+                from. Or each is a list of such samples, as of a `PackedDataset`.
 
         Returns:
             input_ids, position_ids, labels: int64 [1, T]; the first label of each document is -100.
@@ -40,10 +41,15 @@ class Collator:
             document_lengths: list of ints, for control flow; the tensors may go to a device.
             supervised_rows: int64 [R], rows whose next token is supervised, padded by row 0.
             supervised_targets: int64 [R], those next tokens, padded by -100.
+            sample_ids: list of ints, where all samples have them; for reports, not for the model.
 
         Raises:
-            ValueError: lengths within a sample disagree, a sample is longer than `pad_to`, or there is no token at all.
+            ValueError: lengths within a sample disagree, a sample is longer than `pad_to`, samples are packed and
+                `pad_to` is set, or there is no token at all.
         """
+        if self.pad_to is not None and any(isinstance(sample, Sequence) for sample in samples):
+            raise ValueError("packed rows hold documents of many lengths, which pad_to cannot make one: leave out one")
+        samples = [s for sample in samples for s in (sample if isinstance(sample, Sequence) else [sample])]
         documents = [self._filled(*_document(sample)) for sample in samples]
         documents = [document for document in documents if len(document[0])]
         if not documents:
@@ -55,6 +61,7 @@ class Collator:
         boundaries = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
         rows, targets = self._supervised(labels)
         cu_seq_lens, longest = boundaries.to(torch.int32), max(document_lengths)
+        sample_ids = [sample["sample_id"] for sample in samples if "sample_id" in sample]
         return {
             "input_ids": input_ids[None],
             "position_ids": torch.cat([torch.arange(len(ids)) for ids, _ in documents])[None],
@@ -66,6 +73,7 @@ class Collator:
             "document_lengths": document_lengths,
             "supervised_rows": rows,
             "supervised_targets": targets,
+            **({"sample_ids": sample_ids} if len(sample_ids) == len(samples) else {}),
         }
 
     def _filled(self, ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

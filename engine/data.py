@@ -3,6 +3,7 @@
     text                  BOS? text EOS               loss on all
     prompt + completion   BOS? prompt completion EOS  loss on the completion and EOS
     messages              the tokenizer's template    loss on each assistant turn, its end of turn, and EOS
+    conversations         as messages, from ShareGPT  the same
 
 Masks are made by position, never by token id: padding may be the same token as EOS. A text longer than max_length
 becomes consecutive pieces that lose nothing. The other shapes are cut at max_length, and counted; a prompt that alone
@@ -16,6 +17,7 @@ import logging
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -25,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 
 from engine.chat import TemplateError, assistant_spans
 from engine.collator import IGNORE_INDEX
-from engine.records import DataError, Records, read_records
+from engine.records import MESSAGE_FIELDS, DataError, Records, read_records
 
 logger = logging.getLogger(__name__)
 
@@ -39,58 +41,64 @@ class Sample:
     number: int
     ids: list[int]
     learned: list[bool]
+    is_cut: bool = False
 
 
-class TokenizedDataset(torch.utils.data.Dataset[dict[str, Tensor]]):
+class TokenizedDataset(torch.utils.data.Dataset[dict[str, Any]]):
     """Samples as flat arrays: 5 bytes per token, whatever the number of samples.
 
-    Item i is `{"input_ids": int64 [n], "labels": int64 [n]}`; labels are unshifted, -100 where there is no loss, always
-    at the first token.
+    Item i is `{"input_ids": int64 [n], "labels": int64 [n], "sample_id": int}`; labels are unshifted, -100 where there
+    is no loss, always at the first token. sample_id is the line or record that the sample came from.
 
     Attributes:
+        lengths: int64 [samples], tokens of each.
         truncated: how many samples were cut at max_length.
     """
 
     def __init__(self, samples: Iterable[Sample], truncated: int = 0) -> None:
-        ids, learned, lengths = [], [], []
+        ids, learned, lengths, numbers = [], [], [], []
         for sample in samples:
             ids.append(np.asarray(sample.ids, dtype=np.int32))
             learned.append(np.asarray(sample.learned, dtype=np.bool_))
             lengths.append(len(sample.ids))
+            numbers.append(sample.number)
         self._ids = np.concatenate(ids)
         self._learned = np.concatenate(learned)
-        self._ends = np.cumsum(lengths)
+        self.lengths = np.array(lengths, dtype=np.int64)
+        self._ends = np.cumsum(self.lengths)
+        self._numbers = np.array(numbers, dtype=np.int64)
         self.truncated = truncated
 
     def __len__(self) -> int:
         return len(self._ends)
 
-    def __getitem__(self, index: int) -> dict[str, Tensor]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         if not -len(self) <= index < len(self):
             raise IndexError(f"sample {index} of {len(self)}")
         index %= len(self)
         rows = slice(self._ends[index - 1] if index else 0, self._ends[index])
-        ids = torch.from_numpy(self._ids[rows].astype(np.int64))
-        labels = torch.where(torch.from_numpy(self._learned[rows]), ids, IGNORE_INDEX)
-        labels[0] = IGNORE_INDEX
-        return {"input_ids": ids, "labels": labels}
-
-    def digest(self) -> str:
-        """sha256 of all tokens, masks and lengths."""
-        state = hashlib.sha256()
-        for array in (self._ids, self._learned, self._ends):
-            state.update(np.ascontiguousarray(array).data)
-        return state.hexdigest()
+        return sample_item(int(self._numbers[index]), self._ids[rows], self._learned[rows])
 
     @property
     def longest(self) -> int:
         """Tokens of the longest sample."""
-        return int(np.diff(self._ends, prepend=0).max(initial=0))
+        return int(self.lengths.max(initial=0))
 
     @property
     def num_tokens(self) -> int:
         """Tokens of all samples together."""
         return len(self._ids)
+
+    def digest(self) -> str:
+        """sha256 over token ids, loss mask and lengths: the same for the same samples in the same order."""
+        return self._digest
+
+    @cached_property
+    def _digest(self) -> str:
+        hashed = hashlib.sha256()
+        for array in (self.lengths, self._ids, self._learned):
+            hashed.update(array.astype(array.dtype.newbyteorder("<"), copy=False).data)
+        return hashed.hexdigest()
 
 
 def prepare_dataset(
@@ -107,22 +115,9 @@ def prepare_dataset(
     Raises:
         DataError: names the file, line and field, and what to do.
     """
-    if max_length < 2:
-        raise DataError(f"max_length is {max_length}; expected at least 2: one token to read, one to predict")
     records = read_records(data)
-    truncated = 0
-    samples = []
-    for sample in _encode(records, tokenizer):
-        largest, smallest = max(sample.ids, default=0), min(sample.ids, default=0)
-        if largest >= vocab_size or smallest < 0:
-            raise records.error(
-                sample.number,
-                f"token id {largest if largest >= vocab_size else smallest} is outside the backbone's embedding of "
-                f"{vocab_size} rows; use the tokenizer that belongs to the backbone, without added tokens "
-                "(the embedding is frozen and never resized)",
-            )
-        truncated += len(sample.ids) > max_length and not all(sample.learned)
-        samples.extend(_fitted(records, sample, max_length))
+    samples = list(fitted_samples(records, tokenizer, max_length=max_length, vocab_size=vocab_size))
+    truncated = sum(sample.is_cut for sample in samples)
     if truncated:
         logger.warning(
             "%s: %d of %d samples are longer than max_length %d and were cut there; raise it to keep them whole",
@@ -132,6 +127,36 @@ def prepare_dataset(
             max_length,
         )
     return TokenizedDataset(samples, truncated)
+
+
+def fitted_samples(
+    records: Records, tokenizer: PreTrainedTokenizerBase | None, *, max_length: int, vocab_size: int
+) -> Iterator[Sample]:
+    """Records as samples of at most max_length tokens; raises as `prepare_dataset` does.
+
+    Args:
+        tokenizer: may be None where the records are tokenized already.
+    """
+    if max_length < 2:
+        raise DataError(f"max_length is {max_length}; expected at least 2: one token to read, one to predict")
+    for sample in _encode(records, tokenizer):
+        largest, smallest = max(sample.ids, default=0), min(sample.ids, default=0)
+        if largest >= vocab_size or smallest < 0:
+            raise records.error(
+                sample.number,
+                f"token id {largest if largest >= vocab_size else smallest} is outside the backbone's embedding of "
+                f"{vocab_size} rows; use the tokenizer that belongs to the backbone, without added tokens "
+                "(the embedding is frozen and never resized)",
+            )
+        yield from _fitted(records, sample, max_length)
+
+
+def sample_item(number: int, ids: np.ndarray, learned: np.ndarray) -> dict[str, Any]:
+    """A sample as the collator takes it: see `TokenizedDataset`."""
+    input_ids = torch.from_numpy(ids.astype(np.int64))
+    labels = torch.where(torch.from_numpy(learned), input_ids, IGNORE_INDEX)
+    labels[0] = IGNORE_INDEX
+    return {"input_ids": input_ids, "labels": labels, "sample_id": number}
 
 
 def _fitted(records: Records, sample: Sample, max_length: int) -> Iterator[Sample]:
@@ -157,20 +182,27 @@ def _fitted(records: Records, sample: Sample, max_length: int) -> Iterator[Sampl
             "left; shorten the prompt or raise max_length",
             records.shape,
         )
-    yield Sample(sample.number, sample.ids[:max_length], sample.learned[:max_length])
+    is_cut = len(sample.ids) > max_length
+    yield Sample(sample.number, sample.ids[:max_length], sample.learned[:max_length], is_cut)
 
 
-def _encode(records: Records, tokenizer: PreTrainedTokenizerBase) -> Iterator[Sample]:
+def _encode(records: Records, tokenizer: PreTrainedTokenizerBase | None) -> Iterator[Sample]:
     """One sample per record, of any length."""
     if records.shape == "input_ids":
         for number, row in records.rows:
             yield _tokenized(number, row)
         return
+    if tokenizer is None:
+        raise DataError(
+            f"holds `{records.shape}`, and the backbone has no tokenizer: pass one as processing_class, or give "
+            "`input_ids`",
+            source=records.source,
+        )
     if tokenizer.eos_token_id is None:
         raise DataError(
             "the tokenizer has no EOS token, so the model could not learn where to stop; set tokenizer.eos_token"
         )
-    if records.shape == "messages":
+    if records.shape in MESSAGE_FIELDS:
         yield from _encode_conversations(records, tokenizer)
         return
     prefix = prefix_ids(tokenizer)
@@ -203,18 +235,20 @@ def _encode_conversations(records: Records, tokenizer: PreTrainedTokenizerBase) 
     """Conversations through the tokenizer's chat template, learned where the assistant speaks."""
     if not tokenizer.chat_template:
         raise DataError(
-            "holds `messages`, but the tokenizer has no chat template; write the data as `prompt` and `completion`, "
-            "or set tokenizer.chat_template (instruct versions of a backbone usually have one)",
+            f"holds `{records.shape}`, but the tokenizer has no chat template; write the data as `prompt` and "
+            "`completion`, or set tokenizer.chat_template (instruct versions of a backbone usually have one)",
             source=records.source,
         )
     if not tokenizer.is_fast:
-        raise DataError("`messages` need a fast tokenizer, which knows the place of every token", source=records.source)
+        raise DataError(
+            f"`{records.shape}` need a fast tokenizer, which knows the place of every token", source=records.source
+        )
     for number, row in records.rows:
         try:
             yield _conversation(number, row["messages"], tokenizer)
         except TemplateError as error:
             problem = f"{error}; mark the assistant's turns with {{% generation %}} in the template, or use `prompt`"
-            raise records.error(number, problem, "messages", row["messages"]) from error
+            raise records.error(number, problem, records.shape, row["messages"]) from error
 
 
 def _conversation(number: int, messages: list[dict[str, str]], tokenizer: PreTrainedTokenizerBase) -> Sample:

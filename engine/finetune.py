@@ -80,6 +80,8 @@ def finetune(options: TrainOptions, echo: Echo) -> Summary:
         eval_dataset=data.heldout,
         processing_class=tokenizer,
     )
+    if options.packing:
+        echo(f"Packed        {trainer.train_dataset.description}")
     before = trainer.evaluate()["eval_loss"]
     echo(f"Held-out loss before training: {before:.4f}")
     steps = trainer.train().global_step
@@ -186,6 +188,7 @@ def _arguments(options: TrainOptions, device: str) -> LadderArguments:
         per_device_eval_batch_size=options.batch_size,
         gradient_accumulation_steps=options.gradient_accumulation_steps,
         max_length=options.max_length,
+        packing=options.packing,
         optim=OPTIMIZERS[options.optimizer],
         taps=options.taps,
         memory_budget=options.budget,

@@ -32,7 +32,8 @@ class TrainOptions:
         learning_rate: peak learning rate.
         steps: optimizer steps; None: three passes over the data.
         seed: of initial weights, order and held-out share.
-        batch_size: samples in one pass.
+        batch_size: samples in one pass, or rows with packing.
+        packing: as many whole samples as fit into rows of max_length tokens.
         gradient_accumulation_steps: passes per optimizer step.
         reduction_factor: backbone width over side width.
         overwrite: replace a finished run in `output`.
@@ -53,6 +54,7 @@ class TrainOptions:
     steps: int | None = None
     seed: int = 0
     batch_size: int = 4
+    packing: bool = False
     gradient_accumulation_steps: int = 4
     reduction_factor: int = 16
     overwrite: bool = False
@@ -84,6 +86,7 @@ _TYPES: dict[str, type] = {
     "steps": int,
     "seed": int,
     "batch_size": int,
+    "packing": bool,
     "gradient_accumulation_steps": int,
     "reduction_factor": int,
     "overwrite": bool,

@@ -1,10 +1,11 @@
 """User data as validated records: a jsonl file, a `datasets.Dataset` or a list of dictionaries.
 
-One of four shapes, detected from the first record and required of all:
+One of five shapes, detected from the first record and required of all:
 
     {"text": "..."}                                             plain text
     {"prompt": "...", "completion": "..."}                      loss on the completion only
     {"messages": [{"role": "user", "content": "..."}, ...]}     loss on the assistant's turns only
+    {"conversations": [{"from": "human", "value": "..."}, ...]} the same as ShareGPT writes it
     {"input_ids": [...]}                                        already tokenized; perhaps labels, attention_mask
 
 Other fields are ignored. Whatever is wrong with a record is a `DataError` that names file, line, field and an excerpt.
@@ -14,19 +15,30 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
-Shape = Literal["text", "prompt", "messages", "input_ids"]
+Shape = Literal["text", "prompt", "messages", "conversations", "input_ids"]
 REQUIRED_FIELDS: dict[Shape, tuple[str, ...]] = {
     "text": ("text",),
     "prompt": ("prompt", "completion"),
     "messages": ("messages",),
+    "conversations": ("conversations",),
     "input_ids": ("input_ids",),
 }
-SHAPES_HELP = "`text`, `prompt` and `completion`, `messages`, or `input_ids`"
+SHAPES_HELP = "`text`, `prompt` and `completion`, `messages`, `conversations`, or `input_ids`"
+MESSAGE_FIELDS = {"messages": ("role", "content"), "conversations": ("from", "value")}
+SHAREGPT_ROLES = {
+    "system": "system",
+    "human": "user",
+    "user": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "assistant": "assistant",
+}
 EXCERPT_LENGTH = 80
 
 
@@ -67,8 +79,8 @@ class Records:
     Attributes:
         source: file name, or a word for data from memory; used in messages.
         unit: what `number` counts, "line" or "record".
-        shape: which of the four shapes all rows have.
-        rows: (1-based line or record number, fields).
+        shape: which of the five shapes all rows have.
+        rows: (1-based line or record number, fields); of `conversations` they are `messages`.
     """
 
     source: str
@@ -94,7 +106,10 @@ class Records:
 
 def excerpt_of(value: Any) -> str:
     """The first characters of a value as ASCII, so that no terminal fails to print it."""
-    text = ascii(value)
+    try:
+        text = ascii(value)
+    except RecursionError:
+        return "something nested too deeply to show"
     return text if len(text) <= EXCERPT_LENGTH else text[: EXCERPT_LENGTH - 3] + "..."
 
 
@@ -121,16 +136,42 @@ def read_records(data: Any) -> Records:
         source, unit, numbered = "data", "record", list(enumerate(data, start=1))
     else:
         raise TypeError(
-            f"expected a jsonl path, a datasets.Dataset or a list of dictionaries, got {type(data).__name__}; "
-            "a stream has no length: write it to a jsonl file or load it into a Dataset first"
+            f"expected a jsonl path, a datasets.Dataset or a list of dictionaries, got {type(data).__name__}; an "
+            "iterator is spent after a pass: wrap it in a datasets.IterableDataset, or write it to a jsonl file"
         )
     if not numbered:
         raise DataError("holds no records; expected one JSON object per line with " + SHAPES_HELP, source=source)
-    records = Records(source, unit, "text", ())
-    shape = _detect_shape(records, *numbered[0])
-    records = replace(records, shape=shape)
+    records = _of_shape(Records(source, unit, "text", ()), *numbered[0])
     rows = tuple((number, _validated(records, numbered[0][0], number, row)) for number, row in numbered)
     return replace(records, rows=rows)
+
+
+def read_stream(stream: Iterable[Any], size: int, source: str = "stream") -> Iterator[Records]:
+    """Read and validate a stream, at most `size` records at a time; the first one decides the shape.
+
+    Raises:
+        DataError: a record is malformed, or the stream broke off; names the record.
+    """
+    numbered = _numbered(stream, source)
+    records = None
+    while chunk := list(islice(numbered, size)):
+        if records is None:
+            records = _of_shape(Records(source, "record", "text", ()), *chunk[0])
+        yield replace(records, rows=tuple((number, _validated(records, 1, number, row)) for number, row in chunk))
+
+
+def _numbered(stream: Iterable[Any], source: str) -> Iterator[tuple[int, Any]]:
+    """(record number, record); errors of the stream itself say how far it came."""
+    number = 1
+    try:
+        for row in stream:
+            yield number, row
+            number += 1
+    except (DataError, MemoryError):
+        raise
+    except Exception as error:
+        problem = f"could not be read ({type(error).__name__}: {error})"
+        raise DataError(problem, source=source, unit="record", number=number) from error
 
 
 def _read_jsonl(path: Path) -> list[tuple[int, Any]]:
@@ -151,16 +192,22 @@ def _read_jsonl(path: Path) -> list[tuple[int, Any]]:
             raise _line_error(path, number, problem, raw[start : error.end + 10]) from error
         except json.JSONDecodeError as error:
             start = max(error.pos - EXCERPT_LENGTH // 2, 0)
-            problem = f"is not valid JSON ({error.msg} at column {error.colno}); expected one JSON object per line"
+            fault = f"{error.msg.removesuffix(' at')} at column {error.colno}"
+            problem = f"is not valid JSON ({fault}); expected one JSON object per line"
             raise _line_error(path, number, problem, error.doc[start : start + EXCERPT_LENGTH]) from error
         except (ValueError, RecursionError) as error:
-            problem = f"is JSON that cannot be read ({error}); expected one flat JSON object per line"
+            fault = "is nested too deeply" if isinstance(error, RecursionError) else "holds a number of too many digits"
+            problem = f"{fault}; expected one JSON object per line"
             raise _line_error(path, number, problem, raw[:EXCERPT_LENGTH]) from error
     return parsed
 
 
 def _line_error(path: Path, number: int, problem: str, found: str | bytes) -> DataError:
     return DataError(problem, source=str(path), number=number, excerpt=excerpt_of(found))
+
+
+def _of_shape(records: Records, number: int, row: Any) -> Records:
+    return replace(records, shape=_detect_shape(records, number, row))
 
 
 def _detect_shape(records: Records, number: int, row: Any) -> Shape:
@@ -186,13 +233,12 @@ def _validated(records: Records, first_number: int, number: int, row: Any) -> Ma
             state = "is null" if name in row else "is missing"
             problem = f"{state}; all records need the fields of the first one ({records.unit} {first_number})"
             raise records.error(number, problem, name, dict(row))
-    if records.shape == "messages":
-        _check_messages(records, number, row["messages"])
-    elif records.shape == "input_ids":
+    if records.shape in MESSAGE_FIELDS:
+        return {"messages": _checked_messages(records, number, row[records.shape])}
+    if records.shape == "input_ids":
         return _checked_ids(records, number, row)
-    else:
-        for name in REQUIRED_FIELDS[records.shape]:
-            _check_text(records, number, name, row[name], may_be_empty=name == "prompt")
+    for name in REQUIRED_FIELDS[records.shape]:
+        _check_text(records, number, name, row[name], may_be_empty=name == "prompt")
     return row
 
 
@@ -200,7 +246,7 @@ def _check_text(records: Records, number: int, field: str, value: Any, may_be_em
     if not isinstance(value, str):
         raise records.error(number, f"expected text, got {_type_name(value)}", field, value)
     if not may_be_empty and not value.strip():
-        raise records.error(number, "is empty; remove the record or fill it in", field)
+        raise records.error(number, "is empty; remove the record or fill it in", field, value)
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -208,23 +254,36 @@ def _check_text(records: Records, number: int, field: str, value: Any, may_be_em
         raise records.error(number, problem, field, value[max(error.start - 20, 0) : error.end + 20]) from error
 
 
-def _check_messages(records: Records, number: int, messages: Any) -> None:
+def _checked_messages(records: Records, number: int, messages: Any) -> list[Mapping[str, Any]]:
+    """Messages, each with a role and a content that is text; those of ShareGPT under these names."""
+    shape, (speaker, content) = records.shape, MESSAGE_FIELDS[records.shape]
     if isinstance(messages, str) or not isinstance(messages, Sequence):
-        problem = f'expected a list of {{"role": ..., "content": ...}}, got {_type_name(messages)}'
-        raise records.error(number, problem, "messages", messages)
+        problem = f'expected a list of {{"{speaker}": ..., "{content}": ...}}, got {_type_name(messages)}'
+        raise records.error(number, problem, shape, messages)
+    checked = []
     for index, message in enumerate(messages):
-        field = f"messages[{index}]"
+        field = f"{shape}[{index}]"
         if not isinstance(message, Mapping):
-            problem = f"expected an object with role and content, got {_type_name(message)}"
+            problem = f"expected an object with {speaker} and {content}, got {_type_name(message)}"
             raise records.error(number, problem, field, message)
-        for name in ("role", "content"):
+        for name in (speaker, content):
             if message.get(name) is None:
-                raise records.error(number, "is missing", f"{field}.{name}", dict(message))
-            may_be_empty = message.get("role") != "assistant"
-            _check_text(records, number, f"{field}.{name}", message[name], may_be_empty)
-    if not any(message["role"] == "assistant" for message in messages):
-        problem = "has no message of the role assistant, so nothing to learn from"
-        raise records.error(number, problem, "messages", messages)
+                state = "is null" if name in message else "is missing"
+                problem = f"{state}; each of `{shape}` needs {speaker} and {content}"
+                raise records.error(number, problem, f"{field}.{name}", dict(message))
+            _check_text(records, number, f"{field}.{name}", message[name], may_be_empty=True)
+        if shape == "conversations":
+            if message[speaker] not in SHAREGPT_ROLES:
+                problem = f"is not a role that is known here; expected one of {', '.join(SHAREGPT_ROLES)}"
+                raise records.error(number, problem, f"{field}.{speaker}", message[speaker])
+            message = {"role": SHAREGPT_ROLES[message[speaker]], "content": message[content]}
+        if message["role"] == "assistant":
+            _check_text(records, number, f"{field}.{content}", message["content"])
+        checked.append(message)
+    if not any(message["role"] == "assistant" for message in checked):
+        problem = "has no turn of the assistant, so nothing to learn from"
+        raise records.error(number, problem, shape, messages)
+    return checked
 
 
 def _checked_ids(records: Records, number: int, row: Mapping[str, Any]) -> dict[str, list[int]]:

@@ -69,7 +69,9 @@ class LadderSFTTrainer(LadderMixin, SFTTrainer):
     def _default_collator(self) -> None:
         """None: trl refuses any collator beside packing, so ours takes its place afterwards."""
 
-    def _tokenized(self, data: Any, tokenizer: Any, args: TrainingArguments, model: LadderForCausalLM) -> Any:
+    def _tokenized(
+        self, data: Any, tokenizer: Any, args: TrainingArguments, model: LadderForCausalLM, is_training: bool = False
+    ) -> Any:
         """The data as they are: trl tokenizes them."""
         return data
 

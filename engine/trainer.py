@@ -17,26 +17,35 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
-from engine.arguments import DEFAULT_MAX_LENGTH, DEFAULT_MAX_SKIPPED_STEPS, LadderArguments, optimizer_policy, workload
+from engine.arguments import (
+    DEFAULT_MAX_SKIPPED_STEPS,
+    LadderArguments,
+    check_supported,
+    optimizer_policy,
+    workload,
+)
 from engine.cards import card_of, pass_flops
 from engine.checkpoint import load_adapter
 from engine.checkpointing import CrashSafeCheckpoints
 from engine.collator import Collator
 from engine.config import LadderConfig
-from engine.data import TokenizedDataset, prepare_dataset
+from engine.data import TokenizedDataset
 from engine.data_parallel import WholeRounds, all_reduced_bytes
 from engine.dtypes import compute_dtype
 from engine.guards import SKIPPED_FILE, GuardedStep, SpikeWatch
-from engine.interruption import EvaluationInterrupted, Interruption
+from engine.interruption import Interruption
 from engine.layer_major import LayerMajor
+from engine.longest_batch import LongestBatchFirst
 from engine.memory import MemoryPlan
 from engine.model import LadderForCausalLM
 from engine.out_of_memory import TrainingMemoryError, WholeSteps, explain, is_out_of_memory, release
+from engine.packing import PackedDataset
 from engine.planner import Planner, parse_bytes, usable_bytes
 from engine.preflight import check_free, fit_training, free_bytes, place_backbone, policies_of, read_shape
 from engine.run_log import RunLog
 from engine.step_graph import CudaGraphs, StepGraphs, check_arguments
 from engine.summary import PeakMemory, StepClock
+from engine.training_data import prepared, training_data
 from engine.workload import GB, MemoryPolicies, Workload
 
 
@@ -67,7 +76,9 @@ class LadderMixin(CrashSafeCheckpoints):
         **others: Any,
     ) -> None:
         args = LadderArguments() if args is None else args
-        _check_arguments(args)
+        check_supported(args)
+        if getattr(args, "cuda_graph", False):
+            check_arguments(args)
         if model is None:
             raise ValueError(
                 "LadderTrainer needs a model: a LadderForCausalLM, or the path or hub id of a backbone; model_init is "
@@ -81,7 +92,7 @@ class LadderMixin(CrashSafeCheckpoints):
                 "as model, or leave ladder_config out"
             )
         processing_class = _tokenizer_if_any(model) if processing_class is None else processing_class
-        train_dataset = self._tokenized(train_dataset, processing_class, args, model)
+        train_dataset = self._tokenized(train_dataset, processing_class, args, model, is_training=True)
         parts = eval_dataset if isinstance(eval_dataset, dict) else {None: eval_dataset}
         parts = {name: self._tokenized(part, processing_class, args, model) for name, part in parts.items()}
         eval_dataset = parts if isinstance(eval_dataset, dict) else parts[None]
@@ -98,6 +109,8 @@ class LadderMixin(CrashSafeCheckpoints):
             # Gradients in DDP's buffers instead of beside them: 4 bytes x trained parameters less.
             self.accelerator.ddp_handler.gradient_as_bucket_view = True
         self.add_callback(RunLog())
+        if getattr(args, "longest_first", False) and train_dataset is not None:
+            self.add_callback(LongestBatchFirst(self))
         graphed = getattr(self.args, "cuda_graph", False)
         self.step_graphs = StepGraphs(model, CudaGraphs(self.args.device)) if graphed else None
         card = card_of(self.args.device) if model.backbone.dtype.itemsize == 2 else None
@@ -134,9 +147,11 @@ class LadderMixin(CrashSafeCheckpoints):
     def _prepared(self, data: Any) -> Any:
         return self._tokenized(data, self.processing_class, self.args, self.accelerator.unwrap_model(self.model))
 
-    def _tokenized(self, data: Any, tokenizer: Any, args: TrainingArguments, model: LadderForCausalLM) -> Any:
-        """User data as token ids; torch data sets are taken as they are."""
-        return _prepared(data, tokenizer, args, model)
+    def _tokenized(
+        self, data: Any, tokenizer: Any, args: TrainingArguments, model: LadderForCausalLM, is_training: bool = False
+    ) -> Any:
+        """User data as token ids."""
+        return (training_data if is_training else prepared)(data, tokenizer, args, model)
 
     def _default_collator(self) -> Collator | None:
         return Collator()
@@ -248,7 +263,7 @@ class LadderMixin(CrashSafeCheckpoints):
         """
         planner, work, plan = self._fit_memory()
         try:
-            output = self._train_until_interrupted(*args, **kwargs)
+            output = super().train(*args, **kwargs)
         except (RuntimeError, MemoryError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -259,21 +274,6 @@ class LadderMixin(CrashSafeCheckpoints):
             raise TrainingMemoryError(f"{message}\n{error}") from error
         self.clock.stop()
         return output
-
-    def _train_until_interrupted(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        with self.interruption:
-            try:
-                output = super().train(*args, **kwargs)
-            except EvaluationInterrupted:
-                self.is_in_train = False
-                output = None
-            status = self.interruption.exit_status
-            if status is None:
-                assert output is not None
-                return output
-            if self.state.global_step != self.last_saved_step:
-                self._save_checkpoint(self.model, None)
-        raise SystemExit(status)
 
     def _return_to_whole_step(self) -> None:
         """Drop what an unfinished step has left: changed parameters, gradients, and passes made ahead."""
@@ -299,12 +299,12 @@ class LadderMixin(CrashSafeCheckpoints):
         return "device" if taps == "auto" and self.step_graphs is not None else taps
 
     def _longest_sample(self) -> int | None:
-        """Tokens of the longest sample, where all data sets were tokenized here."""
+        """Tokens of the longest sample or packed row, where all data sets were tokenized here."""
         parts = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
         data = [part for part in (self.train_dataset, *parts) if part is not None]
-        return (
-            max((d.longest for d in data), default=None) if all(isinstance(d, TokenizedDataset) for d in data) else None
-        )
+        if not all(isinstance(part, TokenizedDataset | PackedDataset) for part in data):
+            return None
+        return max((part.longest for part in data), default=None)
 
     def _fit_memory(self) -> tuple[Planner, Workload, MemoryPlan]:
         """Choose what fits beside the loaded backbone; print what training will hold; raise where that is not free."""
@@ -376,8 +376,10 @@ class LadderTrainer(LadderMixin, Trainer):
         model: a `LadderForCausalLM`, or the path or hub id of a backbone; a side network of `ladder_config` (default:
             the preset "ladder") is then put beside it.
         args: `LadderArguments` or any `transformers.TrainingArguments`.
-        train_dataset, eval_dataset: a jsonl path, a `datasets.Dataset`, a list of dictionaries (see `engine.data`), or
-            a torch data set of samples with `input_ids` and `labels`; evaluation also takes a dictionary of these.
+        train_dataset, eval_dataset: a jsonl path, a `datasets.Dataset`, a list of dictionaries (see `engine.data`), a
+            `datasets.IterableDataset` or torch stream of such records (see `engine.streaming`; training then needs
+            max_steps), or a torch data set of samples with `input_ids` and `labels`; evaluation also takes a dictionary
+            of these.
         processing_class: the tokenizer; default: the backbone's.
         ladder_config: keyword only.
 
@@ -407,32 +409,8 @@ def _load_options(source: str | Path, ladder_config: LadderConfig | None, args: 
     return options
 
 
-def _check_arguments(args: TrainingArguments) -> None:
-    """Refuse what the fused loss cannot do instead of ignoring it."""
-    if args.label_smoothing_factor:
-        raise ValueError(f"label_smoothing_factor is {args.label_smoothing_factor}; the fused loss supports 0 only")
-    if args.neftune_noise_alpha is not None:
-        raise ValueError("neftune_noise_alpha is set; the embedding belongs to the frozen backbone and takes no noise")
-    if args.n_gpu > 1:
-        raise ValueError(
-            f"{args.n_gpu} GPUs are visible to one process; start one process per GPU with torchrun, or show it one "
-            "with CUDA_VISIBLE_DEVICES"
-        )
-    if getattr(args, "cuda_graph", False):
-        check_arguments(args)
-
-
 def _without_count(batch: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
     """The model's inputs of a batch and its `num_items_in_batch`."""
     inputs = dict(batch)
     count = inputs.pop("num_items_in_batch")
     return inputs, count
-
-
-def _prepared(data: Any, tokenizer: Any, args: TrainingArguments, model: LadderForCausalLM) -> Any:
-    """User data as token ids; torch data sets are taken as they are."""
-    if data is None or (isinstance(data, torch.utils.data.Dataset) and not hasattr(data, "column_names")):
-        return data
-    tokenizer = model.backbone.tokenizer() if tokenizer is None else tokenizer
-    max_length = getattr(args, "max_length", None) or DEFAULT_MAX_LENGTH
-    return prepare_dataset(data, tokenizer, max_length=max_length, vocab_size=model.backbone.config.vocab_size)

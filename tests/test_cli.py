@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -97,11 +98,12 @@ def test_quickstart(quickstart: None, tmp_path: Path) -> None:
 
 
 def test_leaner_policies(quickstart: None, tmp_path: Path) -> None:
-    """Taps, head and optimizer as asked for, in the plan and in what is trained."""
-    folder, lean = tmp_path / "out", ("--taps", "int8", "--head-dtype", "int8")
+    """Taps, head, packing and optimizer as asked for, in the plan and in what is trained."""
+    folder, lean = tmp_path / "out", ("--taps", "int8", "--head-dtype", "int8", "--packing")
     result = ladder("train", "--steps", 1, "--output", folder, *lean)
     assert result.exit_code == 0, result.output
     assert "taps as int8; head int8; embedding on the host; adamw" in result.output
+    assert re.search(r"Packed        24 samples in \d rows of .* full", result.output)
     assert LadderForCausalLM.from_pretrained(folder).backbone.head_dtype == "int8"
     arguments = _arguments(TrainOptions(optimizer="adamw_8bit", taps="none"), "cpu")
     assert (arguments.optim, arguments.taps) == ("adamw_torch_8bit", "none")

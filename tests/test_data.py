@@ -1,8 +1,7 @@
-"""User data: every shape, every fault, masks by position, and the collator against its definition."""
+"""User data: every shape, masks by position, and the collator against its definition."""
 
 from __future__ import annotations
 
-import json
 import logging
 from pathlib import Path
 
@@ -18,114 +17,9 @@ from engine.collator import Collator
 from engine.records import DataError, read_records
 
 EOS = 256
-PROPERTY = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-# Faults: each is a DataError that names file, line, field and what was found.
-
 TEXT = {"text": "fine"}
 PAIR = {"prompt": "p", "completion": "c"}
-FAULTS = {
-    "garbage": ([TEXT, b'{"text": "cut off'], r"mine\.jsonl, line 2: is not valid JSON \(Unterminated string"),
-    "excerpt": ([b'{"text" "x"}'], r"column 9\).*\n    found: '\{\"text\" \"x\"\}'"),
-    "blank lines count": ([TEXT, b"", b"  ", b"{"], "line 4: is not valid JSON"),
-    "array": ([[1, 2]], "line 1: expected a JSON object with `text`.*got a list"),
-    "scalar later": ([TEXT, 7], "line 2: expected a JSON object, got a number"),
-    "no shape": ([{"body": "x", "id": 1}], "line 1: expected the fields .*; got `body`, `id`"),
-    "half a pair": ([{"prompt": "x"}], "line 1: expected the fields .*; got `prompt`"),
-    "two shapes": ([TEXT | PAIR], "line 1: holds `text` and `prompt` at once"),
-    "missing": ([TEXT, {"txt": "x"}], r"line 2, field `text`: is missing; .* first one \(line 1\)\n    found: \{'txt'"),
-    "mixed": ([TEXT, CHAT], "line 2, field `text`: is missing"),
-    "null": ([TEXT, {"text": None}], "line 2, field `text`: is null"),
-    "number": ([TEXT, {"text": 3.5}], "line 2, field `text`: expected text, got a number\n    found: 3.5"),
-    "bool": ([{"prompt": True, "completion": "c"}], "field `prompt`: expected text, got true or false"),
-    "empty text": ([TEXT, {"text": " \n"}], "line 2, field `text`: is empty"),
-    "empty completion": ([PAIR, {"prompt": "p", "completion": ""}], "line 2, field `completion`: is empty"),
-    "surrogate": ([b'{"text": "a\\ud83d"}'], r"field `text`: holds half of a surrogate pair"),
-    "bytes": ([TEXT, b'{"text": "caf\xe9"}'], r"line 2: is not UTF-8 \(byte 14 of the line\)"),
-    "huge number": ([b'{"text": ' + b"1" * 5000 + b"}"], "line 1: is JSON that cannot be read"),
-    "deep": ([b'{"text": ' + b"[" * 200_000], "line 1: is"),
-    "messages text": ([{"messages": "hi"}], "field `messages`: expected a list of .* got text\n    found: 'hi'"),
-    "message text": ([{"messages": ["hi"]}], r"`messages\[0\]`: expected an object with role and content, got text"),
-    "no content": ([{"messages": [{"role": "user"}]}], r"field `messages\[0\]\.content`: is missing"),
-    "content type": ([{"messages": [{"role": "user", "content": 1}]}], r"`messages\[0\]\.content`: expected text"),
-    "silent assistant": ([{"messages": [{"role": "assistant", "content": ""}]}], r"`messages\[0\]\.content`: is empty"),
-    "no assistant": ([{"messages": [CHAT["messages"][0]]}], "has no message of the role assistant"),
-    "ids": ([{"input_ids": [1, "2"]}], "field `input_ids`: expected a list of integers"),
-    "ids length": ([{"input_ids": [1, 2], "labels": [1]}], "field `labels`: has 1 entries where `input_ids` has 2"),
-    "one id": ([{"input_ids": [1]}], "needs at least two tokens"),
-}
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-def test_malformed_records_are_named(tmp_path: Path, fault: str) -> None:
-    lines, message = FAULTS[fault]
-    with pytest.raises(DataError, match="(?s)" + message):
-        read_records(write(tmp_path, *lines))
-
-
-def test_error_carries_its_parts(tmp_path: Path) -> None:
-    path = write(tmp_path, TEXT, {"text": 3})
-    with pytest.raises(DataError) as caught:
-        read_records(path)
-    error = caught.value
-    assert (error.source, error.number, error.field, error.excerpt) == (str(path), 2, "text", "3")
-
-
-@pytest.mark.parametrize("content", [b"", b"\n \n"])
-def test_empty_file(tmp_path: Path, content: bytes) -> None:
-    with pytest.raises(DataError, match=r"mine\.jsonl: holds no records; expected one JSON object per line"):
-        read_records(write(tmp_path, content))
-
-
-def test_missing_file_and_wrong_types(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"nothing\.jsonl: cannot be read \(No such file"):
-        read_records(tmp_path / "nothing.jsonl")
-    with pytest.raises(TypeError, match=r"pass one of them, as in data\['train'\]"):
-        read_records({"train": [TEXT]})
-    with pytest.raises(TypeError, match="a stream has no length"):
-        read_records(iter([TEXT]))
-    with pytest.raises(DataError, match="data, record 2, field `text`: expected text"):
-        read_records([TEXT, {"text": 1}])
-
-
-def test_byte_order_mark_and_windows_line_ends(tmp_path: Path) -> None:
-    path = tmp_path / "mine.jsonl"
-    path.write_bytes(b'\xef\xbb\xbf{"text": "a"}\r\n{"text": "b"}\r\n')
-    assert [row["text"] for _, row in read_records(path).rows] == ["a", "b"]
-
-
-def test_datasets_dataset() -> None:
-    datasets = pytest.importorskip("datasets")
-    dataset = datasets.Dataset.from_list([PAIR, {"prompt": "q", "completion": "dd"}])
-    assert learned_text(prepared(dataset)[1]) == "dd<eos>"
-    with pytest.raises(DataError, match="record 2, field `completion`: is null"):
-        read_records(datasets.Dataset.from_list([PAIR, {"prompt": "q"}]))
-
-
-json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(), max_size=8),
-    lambda inner: (
-        st.lists(inner, max_size=3)
-        | st.dictionaries(
-            st.sampled_from(["text", "prompt", "completion", "messages", "role", "content", "input_ids", "labels"]),
-            inner,
-            max_size=4,
-        )
-    ),
-    max_leaves=12,
-)
-
-
-@PROPERTY
-@given(st.lists(st.binary(max_size=30) | json_values.map(lambda value: json.dumps(value).encode()), max_size=4))
-def test_any_lines_load_or_are_data_errors(tmp_path: Path, lines: list[bytes]) -> None:
-    try:
-        dataset = prepared(write(tmp_path, *lines), max_length=16)
-    except DataError as error:
-        assert str(error)
-    else:
-        assert all((sample["labels"] != -100).any() for sample in dataset)
+PROPERTY = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @PROPERTY
@@ -187,6 +81,16 @@ def test_beginning_of_text_is_added_once() -> None:
         sample = prepared([{"prompt": text, "completion": "c"}], tokenizer=tokenizer)[0]
         assert tokenizer.decode(sample["input_ids"]) == "<pad>abc<eos>"
         assert tokenizer.decode(sample["labels"][sample["labels"] != -100]) == "c<eos>"
+
+
+def test_sharegpt_conversations_are_messages() -> None:
+    turns = [("system", "s"), ("human", "u"), ("gpt", "a"), ("human", "v"), ("gpt", "b")]
+    roles = {"human": "user", "gpt": "assistant"}
+    rows = [{"conversations": [{"from": speaker, "value": value} for speaker, value in turns], "id": "x"}]
+    same = [{"messages": [{"role": roles.get(speaker, speaker), "content": value} for speaker, value in turns]}]
+    sample, expected = prepared(rows)[0], prepared(same)[0]
+    assert all(torch.equal(sample[name], expected[name]) for name in ("input_ids", "labels"))
+    assert learned_text(sample).startswith("a") and "u" not in learned_text(sample)
 
 
 def test_missing_template_and_missing_eos(tmp_path: Path) -> None:
@@ -255,6 +159,27 @@ def test_split_is_seeded_and_complete() -> None:
     assert (len(train), len(heldout)) == (15, 5)
     assert sorted(train.rows + heldout.rows) == sorted(records.rows)
     assert records.split(5, seed=1)[1].rows == heldout.rows != records.split(5, seed=2)[1].rows
+
+
+def test_digest_is_of_ids_mask_and_lengths() -> None:
+    """The same for the same samples, whatever made them; another for another border, mask or order."""
+    rows = [{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9]}]
+    digest = prepared(rows).digest()
+    assert digest == prepared(rows).digest() and len(digest) == 64
+    others = [
+        [{"input_ids": [5, 6]}, {"input_ids": [7, 8, 9]}],
+        [{"input_ids": [5, 6, 7], "labels": [-100, -100, 7]}, {"input_ids": [8, 9]}],
+        rows[::-1],
+    ]
+    assert len({digest, *(prepared(other).digest() for other in others)}) == 4
+
+
+def test_samples_know_their_record(tmp_path: Path) -> None:
+    dataset = prepared(write(tmp_path, {"text": "abcdefgh"}, b"", {"text": "x"}), max_length=6)
+    assert [sample["sample_id"] for sample in dataset] == [1, 1, 3]
+    samples = [dataset[i] for i in range(3)]
+    assert Collator()(samples)["sample_ids"] == [1, 1, 3]
+    assert "sample_ids" not in Collator()([*samples, {"input_ids": [1, 2]}])
 
 
 def test_dataset_indexing() -> None:

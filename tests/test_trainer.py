@@ -283,6 +283,7 @@ def test_collated_documents_do_not_see_each_other(model: LadderForCausalLM) -> N
     torch.nn.init.normal_(model.side_network.side_up, std=0.1, generator=torch.Generator().manual_seed(1))
     losses = token_losses(model.eval(), data)
     batch = Collator()([data[i] for i in range(len(data))])
+    assert batch.pop("sample_ids") == [1, 2, 3, 4, 5]
     assert model(**batch).loss.item() == pytest.approx(torch.cat(losses).mean().item(), rel=1e-5)
 
 

@@ -30,7 +30,10 @@ def train(
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps. Default: three passes over the data.")] = None,
     seed: Annotated[int | None, typer.Option(help="Of initial weights, order and held-out share.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Samples in one pass.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Samples, or packed rows, in one pass.")] = None,
+    packing: Annotated[
+        bool | None, typer.Option("--packing", help="Fill rows of --max-length tokens with whole samples.")
+    ] = None,
     gradient_accumulation_steps: Annotated[
         int | None, typer.Option("--gradient-accumulation-steps", "--gradient-accumulation", help="Passes per step.")
     ] = None,
