@@ -337,7 +337,7 @@ def test_any_lines_load_or_are_data_errors(tmp_path: Path, lines: list[bytes]) -
     load(write(tmp_path, *lines))
 
 
-@settings(PROPERTY, max_examples=200)
+@PROPERTY
 @given(st.lists(damaged_records(), min_size=1, max_size=2), st.integers(0, 400), st.binary(max_size=3))
 def test_damaged_records_load_or_are_data_errors(tmp_path: Path, rows: list[Any], cut: int, junk: bytes) -> None:
     """As parsed from a list, and as a file with a few bytes replaced somewhere."""

@@ -115,9 +115,8 @@ def shuffled_stream(tmp_path: Path) -> Any:
     return stream.shuffle(seed=5, buffer_size=4)
 
 
-@pytest.mark.parametrize("stop", [2, 5])
-def test_resume_is_exact_across_passes_and_through_a_shuffle_buffer(tmp_path: Path, stop: int) -> None:
-    """11 records, 4 a step: a pass ends within a step, and within a micro-batch."""
+def test_resume_is_exact_across_passes_and_through_a_shuffle_buffer(tmp_path: Path) -> None:
+    """11 records, 4 a step: passes end within a step and within a micro-batch, and step 5 is in the second one."""
 
     def train(folder: str, steps: int, **options: Any) -> LadderTrainer:
         args = arguments(
@@ -129,7 +128,7 @@ def test_resume_is_exact_across_passes_and_through_a_shuffle_buffer(tmp_path: Pa
             save_steps=1,
             lr_scheduler_type="constant",
         )
-        callbacks = [StopAt(stop)] if options.pop("stopped", False) else None
+        callbacks = [StopAt(5)] if options.pop("stopped", False) else None
         trainer = LadderTrainer(ladder_model(), args, train_dataset=shuffled_stream(tmp_path), callbacks=callbacks)
         trainer.train(**options)
         return trainer
