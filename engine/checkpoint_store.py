@@ -56,13 +56,16 @@ class Manifest:
     files: Mapping[str, tuple[str, int]]
 
 
-def begin(run_folder: Path, step: int, pid: int) -> Path:
-    """An empty staging folder for the checkpoint of a step."""
-    staging = run_folder / f".staging-checkpoint-{step}-{pid}"
+def staging_folder(run_folder: Path, step: int, pid: int) -> Path:
+    """Where the checkpoint of a step is written by a process."""
+    return run_folder / f".staging-checkpoint-{step}-{pid}"
+
+
+def begin(staging: Path) -> None:
+    """Make a staging folder, empty."""
     if staging.exists():
         shutil.rmtree(staging)
     staging.mkdir(parents=True)
-    return staging
 
 
 def commit(staging: Path, run: str, settings: Mapping[str, Any]) -> Path:
@@ -77,7 +80,7 @@ def commit(staging: Path, run: str, settings: Mapping[str, Any]) -> Path:
     """
     match = _STAGING.fullmatch(staging.name)
     if match is None:
-        raise ValueError(f"{staging}: expected a folder of begin()")
+        raise ValueError(f"{staging}: expected a staging_folder()")
     step, pid = int(match[1]), match[2]
     files = {path.relative_to(staging).as_posix(): path for path in sorted(staging.rglob("*")) if path.is_file()}
     content = {

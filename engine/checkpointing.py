@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import SaveStrategy, TrainOutput
@@ -116,10 +117,11 @@ class CrashSafeCheckpoints:
             self.store_flos()
         run_folder = Path(self._get_output_dir(trial=trial))
         best_before = self.state.best_model_checkpoint
-        staging, final, error = None, None, None
+        staging = store.staging_folder(run_folder, self.state.global_step, self._of_first_process(os.getpid()))
+        final, error = None, None
         try:
-            staging = self._staged(run_folder)
-        except OSError as failure:
+            self._stage(staging)
+        except (OSError, SafetensorError) as failure:
             error = failure
         if self._anybody(error is not None):
             error = error or OSError("another process could not write its part")
@@ -132,7 +134,7 @@ class CrashSafeCheckpoints:
                 error = failure
         if error is not None:
             self.state.best_model_checkpoint = best_before
-            if staging is not None:
+            if self.is_world_process_zero():
                 store.abandon(staging)
             logger.warning(
                 "checkpoint of step %d could not be written (%s): training goes on, and the last checkpoint stays as "
@@ -144,21 +146,19 @@ class CrashSafeCheckpoints:
         elif final is not None and self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
 
-    def _staged(self, run_folder: Path) -> Path:
-        """Everything of a checkpoint in its staging folder; each process writes its random state."""
+    def _stage(self, staging: Path) -> None:
+        """Write every part of a checkpoint; each process writes its random state."""
         step = self.state.global_step
-        pid = self._of_first_process(os.getpid())
         if self.is_world_process_zero():
-            staging = store.begin(run_folder, step, pid)
+            store.begin(staging)
         self.accelerator.wait_for_everyone()
-        staging = run_folder / f".staging-checkpoint-{step}-{pid}"
         save_state(staging, f"random-{self.args.process_index}", random_state())
         if not self.args.should_save:
-            return staging
+            return
         self.save_model(str(staging), _internal_call=True)
         best = self.state.best_global_step
         if best and self.args.save_strategy in (SaveStrategy.STEPS, SaveStrategy.EPOCH, SaveStrategy.BEST):
-            folder = run_folder / f"checkpoint-{best}"
+            folder = staging.with_name(f"checkpoint-{best}")
             if best == step or folder.exists():
                 self.state.best_model_checkpoint = str(folder)
         if not self.args.save_only_model:
@@ -168,7 +168,6 @@ class CrashSafeCheckpoints:
                 save_state(staging, "scaler", scaler.state_dict())
         self._record_callbacks()
         self.state.save_to_json(str(staging / TRAINER_STATE))
-        return staging
 
     def _record_callbacks(self) -> None:
         """State of callbacks that have some, as the stock Trainer keeps it."""

@@ -19,7 +19,8 @@ SETTINGS = {"seed": 1}
 
 
 def save(run: Path, step: int, name: str = "run", fill: bytes = b"") -> Path:
-    staging = store.begin(run, step, os.getpid())
+    staging = store.staging_folder(run, step, os.getpid())
+    store.begin(staging)
     for file, content in FILES.items():
         (staging / file).parent.mkdir(exist_ok=True)
         (staging / file).write_bytes(content + fill)
@@ -172,8 +173,9 @@ def test_a_failed_delete_stops_nothing(
 
 
 def test_litter_of_dead_processes_is_swept(tmp_path: Path) -> None:
-    store.begin(tmp_path, 5, 2**22 + 1)  # above the largest process id
-    alive = store.begin(tmp_path, 6, os.getppid())
+    dead, alive = store.staging_folder(tmp_path, 5, 2**22 + 1), store.staging_folder(tmp_path, 6, os.getppid())
+    for folder in (dead, alive):  # the first above the largest process id
+        store.begin(folder)
     folder = save(tmp_path, 4)
     os.rename(folder, tmp_path / f".replaced-checkpoint-4-{2**22 + 1}")
     (tmp_path / ".staging-mine").mkdir()
