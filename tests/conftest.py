@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from torch.utils._device import _device_constructors
 
 from ladder_kernels import native
@@ -23,6 +24,10 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 _device_constructors()  # torch lists its own constructors once: before one of them is replaced below
+
+# The gate draws the same inputs on every run; `--hypothesis-profile=default` looks for new ones.
+settings.register_profile("gate", derandomize=True)
+settings.load_profile("gate")
 
 KERNEL_TESTS = (
     "test_nf4",

@@ -135,7 +135,7 @@ def test_a_yielded_state_is_never_written_to(tmp_path: Path, in_slices: Callable
 
 
 @given(tokens=st.integers(0, 200_000), bytes_per_token=st.integers(1, 1 << 20))
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200, deadline=None)
 def test_slices_fit_their_budget_and_are_long(tokens: int, bytes_per_token: int) -> None:
     size = chunk_tokens(tokens, bytes_per_token)
     limit = max(chunks.MIN_CHUNK_TOKENS, chunks.CHUNK_BYTES // bytes_per_token)
