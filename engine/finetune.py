@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from engine.arguments import LadderArguments, optimizer_policy, workload
 from engine.backbone.families import expected_tensors
 from engine.checkpoint import CONFIG_NAME, check_no_foreign_model
+from engine.checkpoint_store import checkpoints
 from engine.collator import IGNORE_INDEX
 from engine.config import LadderConfig
 from engine.data import TokenizedDataset, prepare_dataset, show_sample
@@ -55,7 +56,7 @@ def finetune(options: TrainOptions, echo: Echo) -> Summary:
             that cannot be trained on (`DataError`).
     """
     output = Path(options.output)
-    check_output(output, options.overwrite)
+    check_output(output, options.overwrite, options.resume)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     # The cheap checks come before the expensive load.
     config = LadderConfig.preset(options.preset, reduction_factor=options.reduction_factor, seed=options.seed)
@@ -84,7 +85,7 @@ def finetune(options: TrainOptions, echo: Echo) -> Summary:
         echo(f"Packed        {trainer.train_dataset.description}")
     before = trainer.evaluate()["eval_loss"]
     echo(f"Held-out loss before training: {before:.4f}")
-    steps = trainer.train().global_step
+    steps = trainer.train(resume_from_checkpoint=options.resume or None).global_step
     after = trainer.evaluate()["eval_loss"]
     trainer.save_model(str(output))
     summary = Summary(
@@ -92,7 +93,7 @@ def finetune(options: TrainOptions, echo: Echo) -> Summary:
         heldout_loss_after=after,
         steps=steps,
         seconds=round(trainer.clock.seconds, 3),
-        tokens_per_second=round(trainer.clock.tokens / trainer.clock.seconds, 1),
+        tokens_per_second=round(trainer.clock.tokens / trainer.clock.seconds, 1) if trainer.clock.seconds else 0.0,
         peak_mib=round(memory.mib(), 1),
         trainable_parameters=_trainable(model),
         preset=options.preset,
@@ -130,11 +131,11 @@ def _plan(
     return placement
 
 
-def check_output(output: Path, overwrite: bool) -> None:
-    """Refuse a folder that holds a finished run, unless it may be replaced.
+def check_output(output: Path, overwrite: bool, resume: bool = False) -> None:
+    """Refuse a folder that holds a run, unless it may be replaced, or is to go on.
 
     Raises:
-        ValueError: there is one, or `output` is no folder.
+        ValueError: there is a finished one, or one that was cut short, or `output` is no folder.
     """
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output}: is a file; choose a folder with --output")
@@ -144,6 +145,12 @@ def check_output(output: Path, overwrite: bool) -> None:
         raise ValueError(
             f"{output}: holds a finished run ({', '.join(found)}); choose another folder with --output, or replace it "
             "with --overwrite"
+        )
+    begun = checkpoints(output)
+    if begun and not (overwrite or resume):
+        raise ValueError(
+            f"{output}: holds a training that did not end (step {begun[-1][0]}); go on with --resume, choose another "
+            "folder with --output, or start over with --overwrite"
         )
 
 
@@ -195,7 +202,8 @@ def _arguments(options: TrainOptions, device: str) -> LadderArguments:
         ignore_memory_plan=options.ignore_memory_plan,
         seed=options.seed,
         logging_steps=max(steps // 10, 1) if options.steps else 10,
-        save_strategy="no",
+        save_strategy="steps",
+        save_steps=options.save_steps,
         use_cpu=device == "cpu",
         # fp16 gradients of single tokens underflow without a loss scale.
         fp16=device == "cuda" and compute_dtype(device) == torch.float16,

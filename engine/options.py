@@ -36,7 +36,9 @@ class TrainOptions:
         packing: as many whole samples as fit into rows of max_length tokens.
         gradient_accumulation_steps: passes per optimizer step.
         reduction_factor: backbone width over side width.
-        overwrite: replace a finished run in `output`.
+        overwrite: replace a run in `output`, finished or not.
+        resume: go on from the newest whole checkpoint in `output`, with the same options.
+        save_steps: optimizer steps between checkpoints.
         budget: device memory to train in, as a card is sold, such as 12GB; None: what is free.
         taps: where hidden states wait for backward: auto, device, int8, host or none.
         head_dtype: of the frozen head: dense, int8 or nf4.
@@ -58,6 +60,8 @@ class TrainOptions:
     gradient_accumulation_steps: int = 4
     reduction_factor: int = 16
     overwrite: bool = False
+    resume: bool = False
+    save_steps: int = 100
     budget: str | None = None
     taps: str = "auto"
     head_dtype: Literal["dense", "int8", "nf4"] = "dense"
@@ -65,7 +69,7 @@ class TrainOptions:
     ignore_memory_plan: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "gradient_accumulation_steps", "reduction_factor", "steps"):
+        for name in ("batch_size", "gradient_accumulation_steps", "reduction_factor", "steps", "save_steps"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"`{name}` is {value}; expected at least 1")
@@ -90,6 +94,8 @@ _TYPES: dict[str, type] = {
     "gradient_accumulation_steps": int,
     "reduction_factor": int,
     "overwrite": bool,
+    "resume": bool,
+    "save_steps": int,
     "ignore_memory_plan": bool,
 }
 _WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -95,6 +96,38 @@ def test_quickstart(quickstart: None, tmp_path: Path) -> None:
     model = LadderForCausalLM.from_pretrained(folder)
     assert sum(p.numel() for p in model.parameters()) == summary["trainable_parameters"]
     assert model.ladder_config.reduction_factor == defaults.QUICKSTART.reduction_factor
+
+
+def test_a_training_that_was_cut_short_goes_on(quickstart: None, tmp_path: Path) -> None:
+    """Ctrl-C in the command leaves a checkpoint and status 130; --resume ends as the run that was left alone."""
+    script = (
+        "import os, signal, sys\n"
+        "from engine.cli import app\n"
+        "from engine.trainer import LadderTrainer\n"
+        "stock = LadderTrainer.training_step\n"
+        "def step(self, *arguments):\n"
+        "    if self.state.global_step == 2:\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "    return stock(self, *arguments)\n"
+        "LadderTrainer.training_step = step\n"
+        "app()\n"
+    )
+    model, data = defaults.backbone_path(), defaults.train_path()
+    same = ["train", "--model", model, "--data", data, "--eval-data", data, "--steps", "4", "--batch-size", "1"]
+    same += ["--gradient-accumulation", "1", "--reduction-factor", "2", "--max-length", "64"]
+    run, environment = [*same, "--output", str(tmp_path / "cut")], os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", script, *run], capture_output=True, text=True, env=environment)
+    assert done.returncode == 130, done.stderr
+    assert "SIGINT received: training stops after this step with a checkpoint" in done.stderr
+    assert "holds a training that did not end (step 3); go on with --resume" in failure(*run)
+    assert ladder(*run, "--resume").exit_code == 0
+    assert ladder(*same, "--output", tmp_path / "whole").exit_code == 0
+    cut, whole = (
+        LadderForCausalLM.from_pretrained(tmp_path / name).side_network.state_dict() for name in ("cut", "whole")
+    )
+    for name, weight in whole.items():
+        assert torch.equal(cut[name], weight), name
+    assert "holds a finished run" in failure(*run, "--resume")
 
 
 def test_leaner_policies(quickstart: None, tmp_path: Path) -> None:
@@ -232,6 +265,7 @@ def test_config_files_of_both_kinds_and_their_precedence(tmp_path: Path) -> None
     ("name", "value"),
     [
         ("steps", 0),
+        ("save_steps", 0),
         ("batch_size", 0),
         ("reduction_factor", 0),
         ("max_length", 1),

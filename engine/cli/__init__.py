@@ -39,7 +39,11 @@ def train(
     ] = None,
     reduction_factor: Annotated[int | None, typer.Option(help="Backbone width over side width.")] = None,
     config: Annotated[Path | None, typer.Option(help="YAML or JSON file with these names; options win.")] = None,
-    overwrite: Annotated[bool | None, typer.Option("--overwrite", help="Replace a finished run in --output.")] = None,
+    overwrite: Annotated[bool | None, typer.Option("--overwrite", help="Replace a run in --output.")] = None,
+    resume: Annotated[
+        bool | None, typer.Option("--resume", help="Go on from the newest whole checkpoint in --output.")
+    ] = None,
+    save_steps: Annotated[int | None, typer.Option(help="Optimizer steps between checkpoints.")] = None,
     budget: Annotated[str | None, typer.Option(help="Memory to train in, as a card is sold: 12GB.")] = None,
     taps: Annotated[
         str | None, typer.Option(help="Where hidden states wait for backward: auto, device, int8, host or none.")

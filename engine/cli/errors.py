@@ -20,8 +20,11 @@ def errors() -> Iterator[None]:
     except OSError as error:
         _fail(error, RUN_ERROR)
     except (RuntimeError, MemoryError) as error:
+        from engine.guards import DivergedError
         from engine.out_of_memory import TrainingMemoryError, is_out_of_memory
 
+        if isinstance(error, DivergedError):
+            _fail(error, RUN_ERROR)
         if not is_out_of_memory(error):
             raise
         if isinstance(error, TrainingMemoryError):
