@@ -128,10 +128,11 @@ class CrashSafeCheckpoints:
         elif self.args.should_save:
             try:
                 final = store.commit(staging, self._run, self._settings())
-                self.last_saved_step = self.state.global_step
                 self._rotate(run_folder)
             except (OSError, CheckpointError) as failure:
                 error = failure
+        if not self._anybody(error is not None):
+            self.last_saved_step = self.state.global_step
         if error is not None:
             self.state.best_model_checkpoint = best_before
             if self.is_world_process_zero():

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from two_processes import CASES, GLOBAL_BATCH, HELDOUT, STEPS, Case, train
 
+from engine import checkpoint_store as store
 from engine.data_parallel import WholeRounds
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -116,3 +117,14 @@ def test_whole_rounds_fill_up_with_samples_without_a_loss(as_tensors: bool) -> N
     assert len(filler["attention_mask"]) == len(filler["labels"]) == 3
     assert list(filler["labels"]) == [-100] * 3
     assert type(filler["labels"]) is type(rows[0]["input_ids"])
+
+
+def test_one_process_that_is_told_to_stop_stops_all_and_they_resume_to_the_bit(launched: Launched) -> None:
+    for rank in range(PROCESSES):
+        assert launched.numbers[rank]["resume"] == {"status": 143, "stopped_at": 2, "steps": STEPS}
+        resumed = {name: value for name, value in launched.tensors[rank].items() if name.startswith("resumed.")}
+        assert resumed
+        for name, weight in resumed.items():
+            assert torch.equal(weight, launched.tensors[rank][name.replace("resumed.", "alone.")]), name
+    files = store.verify(launched.folder / "resume" / "shared" / "checkpoint-2").files
+    assert {f"random-{rank}.json" for rank in range(PROCESSES)} <= files.keys()

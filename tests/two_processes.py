@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,36 +70,73 @@ class Probe(TrainerCallback):
             self.storages = len({p.grad.untyped_storage().data_ptr() for p in model.parameters()})
 
 
-def train(case: Case, backbone: Path, folder: Path, processes: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Gradients of the first step and weights after the last, and the numbers that the run gave."""
-    probe = Probe()
+def made(
+    case: Case, backbone: Path, folder: Path, processes: int, callbacks: list[TrainerCallback], **more: Any
+) -> LadderTrainer:
+    """The trainer of a case."""
     model = LadderForCausalLM.from_backbone(
         load_backbone(backbone, dtype=case.dtype, quantize=False),
         LadderConfig.preset(case.preset, reduction_factor=2),
     )
     model.side_network.to(case.dtype)
-    trainer = probe.trainer = LadderTrainer(
+    arguments = {
+        "output_dir": str(folder),
+        "max_steps": STEPS,
+        "optim": case.optimizer,
+        "learning_rate": 1e-2,
+        "max_grad_norm": 0.5,
+        "per_device_train_batch_size": case.batch,
+        "per_device_eval_batch_size": 2,
+        "gradient_accumulation_steps": case.accumulation(processes),
+        "save_strategy": "no",
+        "logging_steps": 1,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": False,
+        "seed": 3,
+    }
+    return LadderTrainer(
         model,
-        LadderArguments(
-            output_dir=str(folder / case.name),
-            max_steps=STEPS,
-            optim=case.optimizer,
-            learning_rate=1e-2,
-            max_grad_norm=0.5,
-            per_device_train_batch_size=case.batch,
-            per_device_eval_batch_size=2,
-            gradient_accumulation_steps=case.accumulation(processes),
-            save_strategy="no",
-            logging_steps=1,
-            use_cpu=True,
-            disable_tqdm=True,
-            dataloader_pin_memory=False,
-            seed=3,
-        ),
+        LadderArguments(**(arguments | more)),
         train_dataset=RAGGED,
         eval_dataset=HELDOUT,
-        callbacks=[probe],
+        callbacks=callbacks,
     )
+
+
+class Kill(TrainerCallback):
+    """Sends SIGTERM to this process in its second step."""
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+
+def resume(backbone: Path, folder: Path, rank: int, processes: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Weights of a training of which one process was told to stop, and that went on; and those of one left alone."""
+    case = Case("resume", 2, torch.float32)
+    saves = {"save_strategy": "steps", "save_steps": 2}
+    alone = made(case, backbone, folder / "alone", processes, [], **saves)
+    alone.train()
+    cut, status = made(case, backbone, folder / "shared", processes, [Kill()] if rank == 1 else [], **saves), None
+    try:
+        cut.train()
+    except SystemExit as left:
+        status = left.code
+    again = made(case, backbone, folder / "shared", processes, [], **saves)
+    again.train(resume_from_checkpoint=True)
+    parameters = zip(again.model.side_network.named_parameters(), alone.model.side_network.parameters(), strict=True)
+    weights = {}
+    for (name, resumed), expected in parameters:
+        weights |= {f"resumed.{name}": resumed.detach(), f"alone.{name}": expected.detach().clone()}
+    return weights, {"status": status, "stopped_at": cut.state.global_step, "steps": again.state.global_step}
+
+
+def train(case: Case, backbone: Path, folder: Path, processes: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Gradients of the first step and weights after the last, and the numbers that the run gave."""
+    probe = Probe()
+    trainer = probe.trainer = made(case, backbone, folder / case.name, processes, [probe])
+    model = trainer.model
     trainer.train()
     weights = {f"weight.{name}": weight for name, weight in model.side_network.named_parameters()}
     logged = [line for line in trainer.state.log_history if "loss" in line]
@@ -125,7 +163,8 @@ def main(backbone: Path, folder: Path) -> None:
     for case in CASES:
         found, numbers[case.name] = train(case, backbone, folder / f"output-{rank}", processes)
         tensors |= {f"{case.name}.{name}": value for name, value in found.items()}
-    save_file(tensors, folder / f"{rank}.safetensors")
+    found, numbers["resume"] = resume(backbone, folder / "resume", rank, processes)
+    save_file(tensors | found, folder / f"{rank}.safetensors")
     (folder / f"{rank}.json").write_text(json.dumps(numbers))
     torch.distributed.destroy_process_group()
 
