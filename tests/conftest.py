@@ -116,7 +116,11 @@ def require_native() -> None:
         pytest.skip(message)
 
 
-@pytest.fixture(params=["reference", *native.available_isas()])
+# Where another build of the library is tested, plain torch is the same as ever.
+PLAIN_TORCH = [] if os.environ.get("LADDER_TEST_NATIVE_ONLY") == "1" else ["reference"]
+
+
+@pytest.fixture(params=[*PLAIN_TORCH, *native.available_isas()])
 def implementation(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     """Runs the test once per implementation: plain torch, and every instruction set that runs here."""
     if request.param == "reference":

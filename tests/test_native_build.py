@@ -39,7 +39,7 @@ def build(folder: Path, *options: str) -> Path:
 
 
 def environment(library: Path, **more: str) -> dict[str, str]:
-    return {**os.environ, "LADDER_NATIVE_LIB": str(library), **more}
+    return {**os.environ, "LADDER_NATIVE_LIB": str(library), "LADDER_TEST_NATIVE_ONLY": "1", **more}
 
 
 def test_sanitized_and_emulated(tmp_path):
