@@ -16,7 +16,6 @@ import logging
 import os
 import re
 import shutil
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -44,14 +43,15 @@ class Manifest:
     Attributes:
         run: of one training and all that resumes it, so that another one in the same folder is told apart.
         step: optimizer steps done.
-        saved_at: seconds since the epoch.
+        sequence: counts up with every checkpoint that is saved into a folder: what is newest does not depend on clocks,
+            nor on steps, which a training that goes back to an older checkpoint takes again.
         settings: what resuming has to have in common with the run that saved.
         files: sha256 and size in bytes by name.
     """
 
     run: str
     step: int
-    saved_at: float
+    sequence: int
     settings: Mapping[str, Any]
     files: Mapping[str, tuple[str, int]]
 
@@ -68,15 +68,20 @@ def begin(staging: Path) -> None:
     staging.mkdir(parents=True)
 
 
-def commit(staging: Path, run: str, settings: Mapping[str, Any]) -> Path:
-    """Hash and sync what is staged, put it in place by one rename, and verify it there.
+def next_sequence(run_folder: Path) -> int:
+    """One more than that of any checkpoint that is there."""
+    return 1 + max((manifest.sequence for manifest, _ in _readable(run_folder, [])), default=0)
+
+
+def commit(staging: Path, run: str, sequence: int, settings: Mapping[str, Any]) -> Path:
+    """Hash and sync what is staged, read it back, and put it in place by one rename.
 
     Returns:
         the checkpoint's folder.
 
     Raises:
         OSError: nothing was put in place; what was there still is.
-        CheckpointError: it does not read back as it was written.
+        CheckpointError: the same, because it does not read back as it was written.
     """
     match = _STAGING.fullmatch(staging.name)
     if match is None:
@@ -87,7 +92,7 @@ def commit(staging: Path, run: str, settings: Mapping[str, Any]) -> Path:
         "format_version": FORMAT_VERSION,
         "run": run,
         "step": step,
-        "saved_at": time.time(),
+        "sequence": sequence,
         "settings": dict(settings),
         "files": {name: dict(zip(("sha256", "size"), _digest(path), strict=True)) for name, path in files.items()},
     }
@@ -96,11 +101,16 @@ def commit(staging: Path, run: str, settings: Mapping[str, Any]) -> Path:
         _sync(path)
     final = staging.with_name(f"checkpoint-{step}")
     replaced = staging.with_name(f".replaced-checkpoint-{step}-{pid}")
+    verify(staging)
     if final.exists():
         os.rename(final, replaced)
-    os.rename(staging, final)
+    try:
+        os.rename(staging, final)
+    except OSError:
+        if replaced.exists():
+            os.rename(replaced, final)
+        raise
     _sync(final.parent)
-    verify(final)
     shutil.rmtree(replaced, ignore_errors=True)
     return final
 
@@ -153,7 +163,7 @@ def _checked(path: Path, content: Any) -> Manifest:
     version = content.get("format_version") if isinstance(content, dict) else None
     if version != FORMAT_VERSION:
         raise CheckpointError(f"{path}: format_version must be {FORMAT_VERSION}, got {version!r}")
-    types = {"run": str, "step": int, "saved_at": float, "settings": dict, "files": dict}
+    types = {"run": str, "step": int, "sequence": int, "settings": dict, "files": dict}
     if content.keys() != {"format_version", *types}:
         raise CheckpointError(f"{path}: expected the keys {sorted(types)}, got {sorted(map(str, content))[:10]}")
     for name, expected in types.items():
@@ -167,7 +177,7 @@ def _checked(path: Path, content: Any) -> Manifest:
         if not (isinstance(digest, str) and type(size) is int and size >= 0 and _is_inside(name)):
             raise CheckpointError(f"{path}: {name!r:.80} is no file of a checkpoint")
         files[name] = (digest, size)
-    return Manifest(content["run"], content["step"], content["saved_at"], content["settings"], files)
+    return Manifest(content["run"], content["step"], content["sequence"], content["settings"], files)
 
 
 def _is_inside(name: str) -> bool:
@@ -185,15 +195,15 @@ def checkpoints(run_folder: Path) -> list[tuple[int, Path]]:
 
 
 def newest_valid(run_folder: Path) -> Path:
-    """The checkpoint to resume from: of the training that saved last, the one of the highest step that is whole.
+    """The checkpoint to resume from: of those that are whole the one that was saved last.
 
     Damaged ones are passed over with a warning.
 
     Raises:
         CheckpointError: there is none; the message says what is wrong with those that are there.
     """
-    faults = []
-    for folder in _newest_first(run_folder, faults):
+    faults: list[str] = []
+    for _, folder in reversed(_readable(run_folder, faults)):
         try:
             verify(folder)
         except CheckpointError as error:
@@ -206,19 +216,15 @@ def newest_valid(run_folder: Path) -> Path:
     raise CheckpointError(f"{run_folder}: no valid checkpoint to resume from:{reasons}")
 
 
-def _newest_first(run_folder: Path, faults: list[str]) -> Iterator[Path]:
-    """Readable manifests, the run that saved last first, in it the highest step; `faults` gains the others' reasons."""
+def _readable(run_folder: Path, faults: list[str]) -> list[tuple[Manifest, Path]]:
+    """Checkpoints with a manifest, in the order they were saved; `faults` gains what is wrong with the others."""
     found = []
     for _, folder in checkpoints(run_folder):
         try:
             found.append((read_manifest(folder), folder))
         except CheckpointError as error:
             faults.append(str(error))
-    last: dict[str, float] = {}
-    for manifest, _ in found:
-        last[manifest.run] = max(manifest.saved_at, last.get(manifest.run, 0.0))
-    found.sort(key=lambda entry: (last[entry[0].run], entry[0].step), reverse=True)
-    return (folder for _, folder in found)
+    return sorted(found, key=lambda entry: entry[0].sequence)
 
 
 def sweep(run_folder: Path) -> None:
@@ -228,12 +234,12 @@ def sweep(run_folder: Path) -> None:
     for path in sorted(run_folder.iterdir()):
         replaced, staged = _REPLACED.fullmatch(path.name), _STAGING.fullmatch(path.name)
         match = replaced or staged
-        if match is None or not path.is_dir() or _is_running(int(match[2])):
+        if match is None or not path.is_dir():
             continue
         final = path.with_name(f"checkpoint-{match[1]}")
         if replaced and not final.exists():
             os.rename(path, final)
-        else:
+        elif not _is_running(int(match[2])):
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -250,18 +256,12 @@ def _is_running(pid: int) -> bool:
 
 
 def rotate(run_folder: Path, run: str, limit: int, keep: Iterable[Path]) -> None:
-    """Delete checkpoints of this run, the lowest steps first, until `limit` are left.
+    """Delete checkpoints of this run, those saved first, until `limit` are left.
 
-    Those of other runs and folders without a manifest are not touched, nor are the highest step and `keep`. Names are
-    given up before files are, so that no half of a checkpoint keeps one.
+    Those of other runs and folders without a manifest are not touched, nor are the last one and `keep`. Names are given
+    up before files are, so that no half of a checkpoint keeps one.
     """
-    own = []
-    for _, folder in checkpoints(run_folder):
-        try:
-            if read_manifest(folder).run == run:
-                own.append(folder)
-        except CheckpointError:
-            continue
+    own = [folder for manifest, folder in _readable(run_folder, []) if manifest.run == run]
     protected = {path.resolve() for path in (*keep, *own[-1:])}
     excess = len(own) - max(limit, 1)
     for folder in [path for path in own if path.resolve() not in protected][: max(excess, 0)]:

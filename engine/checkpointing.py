@@ -9,10 +9,12 @@ from __future__ import annotations
 import logging
 import os
 import uuid
+from collections.abc import Sized
 from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch import nn
 from transformers.trainer_callback import ExportableState
@@ -32,6 +34,21 @@ from engine.training_state import (
 logger = logging.getLogger(__name__)
 
 TRAINER_STATE = "trainer_state.json"
+_PENDING = "pending"  # what a signal has cut off, to be made up for
+_ORDER = (  # of TrainingArguments: what the order and content of batches depend on
+    "per_device_train_batch_size",
+    "gradient_accumulation_steps",
+    "seed",
+    "data_seed",
+    "train_sampling_strategy",
+    "dataloader_drop_last",
+)
+_OPTIMIZATION = ("optim", "learning_rate", "weight_decay", "max_grad_norm", "lr_scheduler_type", "max_steps")
+
+
+def _plain(value: Any) -> Any:
+    """Of an enumeration its word."""
+    return getattr(value, "value", value)
 
 
 class CrashSafeCheckpoints:
@@ -41,6 +58,7 @@ class CrashSafeCheckpoints:
     """
 
     _run = ""
+    _sequence = 0
     last_saved_step: int | None = None
     interruption: Interruption
 
@@ -56,8 +74,8 @@ class CrashSafeCheckpoints:
                 processes, so that the result would be another (`ignore_data_skip` accepts that).
             SystemExit: SIGTERM (status 143) or SIGINT (130), after a checkpoint.
         """
-        resume = self._checkpoint_to_resume(resume_from_checkpoint)
         self.last_saved_step = None
+        resume = self._checkpoint_to_resume(resume_from_checkpoint)
         with self.interruption:
             try:
                 output = super().train(None if resume is None else str(resume), *args, **kwargs)
@@ -72,35 +90,51 @@ class CrashSafeCheckpoints:
                 self._save_checkpoint(self.model, None)
         raise SystemExit(status)
 
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
+        """The stock end, which would delete every checkpoint but the best one where only one is to be kept; after a
+        signal the weights stay the last ones."""
+        own = self.args
+        limit, best = own.save_total_limit, own.load_best_model_at_end
+        own.save_total_limit, own.load_best_model_at_end = None, best and self.interruption.exit_status is None
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            own.save_total_limit, own.load_best_model_at_end = limit, best
+
     def _checkpoint_to_resume(self, wanted: str | bool | None) -> Path | None:
         folder = Path(self.args.output_dir)
         if self.is_world_process_zero():
             store.sweep(folder)
         self.accelerator.wait_for_everyone()
+        self._sequence = store.next_sequence(folder)
         if not wanted:
-            self._run = uuid.uuid4().hex
+            self._run, self.interruption.evaluation_due = uuid.uuid4().hex, False
             return None
         found = store.newest_valid(folder) if wanted is True else Path(wanted)
         manifest = store.verify(found)
         self._check_settings(found, manifest)
-        self._run = manifest.run
+        self._run, self.last_saved_step = manifest.run, manifest.step
+        self.interruption.evaluation_due = bool(load_state(found, _PENDING)["evaluation"])
         return found
 
     def _settings(self) -> dict[str, Any]:
-        """What the order and content of batches depend on."""
+        """What the rest of a training depends on beside the checkpoint's own state.
+
+        Of data that were not tokenized here only the number of samples is known.
+        """
         args, data = self.args, self.train_dataset
+        size = len(data) if isinstance(data, Sized) else None
+        names = (*_ORDER, *_OPTIMIZATION)
         return {
             "processes": args.world_size,
-            "per_device_train_batch_size": args.per_device_train_batch_size,
-            "gradient_accumulation_steps": args.gradient_accumulation_steps,
-            "seed": args.seed,
-            "data_seed": args.data_seed,
-            "data": data.digest() if hasattr(data, "digest") else None,
+            "data": data.digest() if hasattr(data, "digest") else size,
+            **{name: _plain(getattr(args, name)) for name in names},
         }
 
     def _check_settings(self, folder: Path, manifest: Manifest) -> None:
         here = self._settings()
-        names = {"processes"} if self.args.ignore_data_skip else here.keys()
+        accepted = {"data", *_ORDER} if self.args.ignore_data_skip else set()
+        names = here.keys() - accepted
         different = [
             f"{name} was {manifest.settings.get(name)!r:.20} and is {here[name]!r:.20}"
             for name in sorted(names)
@@ -108,8 +142,8 @@ class CrashSafeCheckpoints:
         ]
         if different:
             raise CheckpointError(
-                f"{folder}: training would not go on as it was: {'; '.join(different)}. Resume as it was saved"
-                + ("" if self.args.ignore_data_skip else ", or set ignore_data_skip to accept other batches")
+                f"{folder}: training would not go on as it was: {'; '.join(different)}. Resume as it was saved, or "
+                "start a new training; ignore_data_skip accepts other batches"
             )
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
@@ -117,45 +151,44 @@ class CrashSafeCheckpoints:
             self.store_flos()
         run_folder = Path(self._get_output_dir(trial=trial))
         best_before = self.state.best_model_checkpoint
-        staging = store.staging_folder(run_folder, self.state.global_step, self._of_first_process(os.getpid()))
+        random_states = gather_object([random_state()])  # of all processes, written by the one that writes
         final, error = None, None
-        try:
-            self._stage(staging)
-        except (OSError, SafetensorError) as failure:
-            error = failure
-        if self._anybody(error is not None):
-            error = error or OSError("another process could not write its part")
-        elif self.args.should_save:
+        if self.args.should_save:
+            staging = store.staging_folder(run_folder, self.state.global_step, os.getpid())
             try:
-                final = store.commit(staging, self._run, self._settings())
+                self._stage(staging, random_states)
+                final = store.commit(staging, self._run, self._sequence, self._settings())
                 self._rotate(run_folder)
-            except (OSError, CheckpointError) as failure:
+            except (OSError, SafetensorError, CheckpointError, TypeError) as failure:
                 error = failure
-        if not self._anybody(error is not None):
-            self.last_saved_step = self.state.global_step
-        if error is not None:
-            self.state.best_model_checkpoint = best_before
-            if self.is_world_process_zero():
+                self.state.best_model_checkpoint = best_before
                 store.abandon(staging)
-            logger.warning(
-                "checkpoint of step %d could not be written (%s): training goes on, and the last checkpoint stays as "
-                "it was. Free some space in %s",
-                self.state.global_step,
-                error,
-                run_folder,
-            )
-        elif final is not None and self.args.push_to_hub:
+        if self._anybody(error is not None):
+            self._warn_unsaved(error, run_folder)
+            return
+        self._sequence += 1
+        self.last_saved_step = self.state.global_step
+        if final is not None and self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
 
-    def _stage(self, staging: Path) -> None:
-        """Write every part of a checkpoint; each process writes its random state."""
+    def _warn_unsaved(self, error: BaseException | None, run_folder: Path) -> None:
+        if error is not None:
+            logger.warning(
+                "checkpoint of step %d could not be written to %s (%s): training goes on, and the last checkpoint "
+                "stays as it was%s",
+                self.state.global_step,
+                run_folder,
+                error,
+                ". Free some space there" if "space" in str(error).lower() else "",
+            )
+
+    def _stage(self, staging: Path, random_states: list[dict[str, Any]]) -> None:
+        """Write every part of a checkpoint."""
         step = self.state.global_step
-        if self.is_world_process_zero():
-            store.begin(staging)
-        self.accelerator.wait_for_everyone()
-        save_state(staging, f"random-{self.args.process_index}", random_state())
-        if not self.args.should_save:
-            return
+        store.begin(staging)
+        for process, state in enumerate(random_states):
+            save_state(staging, f"random-{process}", state)
+        save_state(staging, _PENDING, {"evaluation": self.interruption.evaluation_due})
         self.save_model(str(staging), _internal_call=True)
         best = self.state.best_global_step
         if best and self.args.save_strategy in (SaveStrategy.STEPS, SaveStrategy.EPOCH, SaveStrategy.BEST):
@@ -192,12 +225,6 @@ class CrashSafeCheckpoints:
         if self.args.world_size == 1:
             return flag
         return bool(self.accelerator.reduce(torch.tensor(float(flag), device=self.args.device), "sum").item())
-
-    def _of_first_process(self, number: int) -> int:
-        if self.args.world_size == 1:
-            return number
-        mine = number if self.is_world_process_zero() else 0
-        return int(self.accelerator.reduce(torch.tensor(mine, device=self.args.device), "sum").item())
 
     def _scaler(self) -> Any:
         return getattr(self.accelerator, "scaler", None)

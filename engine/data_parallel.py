@@ -30,7 +30,7 @@ class WholeRounds(Dataset):
     these would count twice.
 
     Args:
-        data: samples with `input_ids` and perhaps `labels`.
+        data: samples with `input_ids` and perhaps `labels`, or lists of such that were packed.
         multiple: samples that all processes take together.
     """
 
@@ -41,10 +41,14 @@ class WholeRounds(Dataset):
     def __len__(self) -> int:
         return self._length
 
-    def __getitem__(self, index: int) -> Mapping[str, Any]:
+    def __getitem__(self, index: int) -> Any:
         if index < len(self._data):
             return self._data[index]
         sample = self._data[0]
-        ids = sample["input_ids"]
-        labels = torch.full((len(ids),), IGNORE_INDEX)
-        return {**sample, "labels": labels if isinstance(ids, torch.Tensor) else labels.tolist()}
+        return [_without_loss(document) for document in sample] if isinstance(sample, list) else _without_loss(sample)
+
+
+def _without_loss(sample: Mapping[str, Any]) -> Mapping[str, Any]:
+    ids = sample["input_ids"]
+    labels = torch.full((len(ids),), IGNORE_INDEX)
+    return {**sample, "labels": labels if isinstance(ids, torch.Tensor) else labels.tolist()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -132,22 +133,30 @@ def _plan(
 
 
 def check_output(output: Path, overwrite: bool, resume: bool = False) -> None:
-    """Refuse a folder that holds a run, unless it may be replaced, or is to go on.
+    """Refuse a folder that holds a run, unless it goes on, or is replaced: then what it holds is removed first.
 
     Raises:
-        ValueError: there is a finished one, or one that was cut short, or `output` is no folder.
+        ValueError: there is a finished run, or one that was cut short, or `output` is no folder.
     """
+    if overwrite and resume:
+        raise ValueError("--overwrite starts over and --resume goes on: give one of them")
     if output.exists() and not output.is_dir():
         raise ValueError(f"{output}: is a file; choose a folder with --output")
     check_no_foreign_model(output)
-    found = [name for name in (SUMMARY_FILE, CONFIG_NAME) if (output / name).exists()]
-    if found and not overwrite:
+    begun = checkpoints(output)
+    if overwrite:
+        for _, folder in begun:
+            shutil.rmtree(folder)
+        (output / SUMMARY_FILE).unlink(missing_ok=True)
+        return
+    # An adapter beside checkpoints and without a summary was cut short while it was written.
+    marks = (SUMMARY_FILE,) if begun else (SUMMARY_FILE, CONFIG_NAME)
+    if found := [name for name in marks if (output / name).exists()]:
         raise ValueError(
             f"{output}: holds a finished run ({', '.join(found)}); choose another folder with --output, or replace it "
             "with --overwrite"
         )
-    begun = checkpoints(output)
-    if begun and not (overwrite or resume):
+    if begun and not resume:
         raise ValueError(
             f"{output}: holds a training that did not end (step {begun[-1][0]}); go on with --resume, choose another "
             "folder with --output, or start over with --overwrite"

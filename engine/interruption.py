@@ -1,7 +1,7 @@
 """SIGTERM and SIGINT: finish the optimizer step, write a checkpoint, and leave with the exit status of the signal.
 
-A scheduler sees 143 (130 for Ctrl-C) and knows that the work is not done. An evaluation is cut short, since it changes
-nothing. A second SIGINT leaves at once.
+A scheduler sees 143 (130 for Ctrl-C) and knows that the work is not done. An evaluation is cut short, and made up for
+when training is resumed: the best model and early stopping depend on it. A second SIGINT leaves at once.
 """
 
 from __future__ import annotations
@@ -27,22 +27,32 @@ class Interruption(TrainerCallback):
 
     Args:
         trainer: whose processes have to agree, and whose checkpoints are written.
+
+    Attributes:
+        evaluation_due: the evaluation of the last step was cut off, or left out.
     """
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
         self._received: signal.Signals | None = None
+        self._agreed: signal.Signals | None = None  # between all processes, which may have received none
         self._handlers: dict[signal.Signals, Any] = {}
+        self.evaluation_due = False
 
     @property
     def exit_status(self) -> int | None:
         """128 + the signal, once there was one in this context."""
-        return None if self._received is None else 128 + self._received
+        number = self._received if self._agreed is None else self._agreed
+        return None if number is None else 128 + number
 
     def __enter__(self) -> Interruption:
-        self._received = None
+        self._received = self._agreed = None
         if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
-            self._handlers = {number: signal.signal(number, self._note) for number in SIGNALS}
+            self._handlers = {
+                number: signal.signal(number, self._note)
+                for number in SIGNALS
+                if signal.getsignal(number) is not signal.SIG_IGN  # of a background job of a script, say
+            }
         return self
 
     def __exit__(
@@ -51,7 +61,7 @@ class Interruption(TrainerCallback):
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers = {}
-        self._received = None
+        self._received = self._agreed = None
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._received == number == signal.SIGINT:
@@ -61,13 +71,23 @@ class Interruption(TrainerCallback):
         text = f"{self._received.name} received: training stops after this step with a checkpoint{again}\n"
         os.write(2, text.encode())  # a print here might be within another one
 
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> TrainerControl:
+        """Evaluate the resumed step, where that is due."""
+        if self.evaluation_due:
+            self.evaluation_due = False
+            metrics = self._trainer._evaluate(None, None)
+            self._trainer._determine_best_metric(metrics=metrics, trial=None)
+        return control
+
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """Stop with a checkpoint where any process has received a signal."""
-        if self._agreed():
+        if self._any_received():
             control.should_save = True
-            control.should_evaluate = False
+            self.evaluation_due, control.should_evaluate = control.should_evaluate, False
             control.should_training_stop = True
         return control
 
@@ -75,14 +95,17 @@ class Interruption(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """Leave an evaluation, unless other processes would wait for this one's part of it."""
-        if self._received is not None and args.world_size == 1:
+        if self._received is not None and self._trainer.is_in_train and args.world_size == 1:
+            self.evaluation_due = state.global_step > 0
             raise EvaluationInterrupted
         return control
 
-    def _agreed(self) -> bool:
+    def _any_received(self) -> bool:
         trainer = self._trainer
-        if trainer.args.world_size > 1:
-            mine = torch.tensor(int(self._received or 0), device=trainer.args.device)
-            number = int(trainer.accelerator.gather(mine.reshape(1)).max())
-            self._received = signal.Signals(number) if number else None
-        return self._received is not None
+        if trainer.args.world_size == 1:
+            return self._received is not None
+        mine = torch.tensor(int(self._received or 0), device=trainer.args.device)
+        number = int(trainer.accelerator.gather(mine.reshape(1)).max())
+        if number:
+            self._agreed = signal.Signals(number)
+        return self._agreed is not None

@@ -23,6 +23,7 @@ from engine.checkpoint_store import CheckpointError
 _MAX_JSON_BYTES = 1 << 26
 _PLAIN = (bool, int, float, str, type(None))
 _MOMENT_DTYPES = ("float32", "bfloat16", "float16")
+_LIKE_PARAMETER = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer")
 _PACKED_MOMENT = "OptimState8bit"  # torchao's, the one tensor subclass an optimizer here keeps
 
 
@@ -36,7 +37,9 @@ def save_state(folder: Path, name: str, state: Any) -> None:
     structure = _taken_apart(state, name, tensors)
     (folder / f"{name}.json").write_text(json.dumps(structure) + "\n", encoding="utf-8")
     if tensors:
-        save_file(tensors, folder / f"{name}.safetensors")
+        path = folder / f"{name}.safetensors"
+        save_file(tensors, path)
+        path.chmod((folder / f"{name}.json").stat().st_mode & 0o777)  # the umask's, which safetensors does not heed
 
 
 def load_state(folder: Path, name: str) -> Any:
@@ -96,6 +99,12 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
         CheckpointError: it is the state of an optimizer of other parameters.
     """
     groups, saved_groups = optimizer.param_groups, state["param_groups"]
+    for group, saved_group in zip(groups, saved_groups, strict=False):
+        if different := group.keys() ^ saved_group.keys():
+            raise CheckpointError(
+                f"{path}: is the state of another kind of optimizer (they differ in {', '.join(sorted(different))}): "
+                "resume with the one it was saved with"
+            )
     counts, saved = ([len(group["params"]) for group in some] for some in (groups, saved_groups))
     if counts != saved:
         raise CheckpointError(
@@ -106,7 +115,7 @@ def load_optimizer_state(optimizer: torch.optim.Optimizer, state: dict[str, Any]
     order = [index for group in saved_groups for index in group["params"]]
     for parameter, index in zip(parameters, order, strict=True):
         for name, value in state["state"].get(index, {}).items():
-            if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
+            if name in _LIKE_PARAMETER and isinstance(value, Tensor) and value.shape != parameter.shape:
                 raise CheckpointError(
                     f"{path}: {name} of tensor {index} has shape {tuple(value.shape)}, its parameter "
                     f"{tuple(parameter.shape)}"

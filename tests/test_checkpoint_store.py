@@ -24,7 +24,7 @@ def save(run: Path, step: int, name: str = "run", fill: bytes = b"") -> Path:
     for file, content in FILES.items():
         (staging / file).parent.mkdir(exist_ok=True)
         (staging / file).write_bytes(content + fill)
-    return store.commit(staging, name, SETTINGS)
+    return store.commit(staging, name, store.next_sequence(run), SETTINGS)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -139,6 +139,39 @@ def test_damaged_ones_are_passed_over(tmp_path: Path, caplog: pytest.LogCaptureF
     (tmp_path / "checkpoint-9").mkdir()
     assert store.newest_valid(tmp_path).name == "checkpoint-2"
     assert "checkpoint-3/optimizer.json" in caplog.text and "checkpoint-9: has no manifest.json" in caplog.text
+
+
+def test_what_was_saved_last_is_newest(tmp_path: Path) -> None:
+    """Whoever goes back to step 1 does not find step 5 again, nor loses what was saved since."""
+    for step in (1, 5, 2, 3):
+        save(tmp_path, step)
+    assert store.newest_valid(tmp_path).name == "checkpoint-3"
+    store.rotate(tmp_path, "run", 2, [])
+    assert [step for step, _ in store.checkpoints(tmp_path)] == [2, 3]
+
+
+def test_a_rename_that_fails_puts_the_old_one_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = contents(save(tmp_path, 1))
+    rename = os.rename
+
+    def fails(source: Path, target: Path) -> None:
+        if ".staging" in str(source):
+            raise OSError("no")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", fails)
+    with pytest.raises(OSError, match="no"):
+        save(tmp_path, 1, fill=b"new")
+    assert contents(store.newest_valid(tmp_path)) == old and not list(tmp_path.glob(".replaced*"))
+
+
+def test_what_does_not_read_back_replaces_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old = contents(save(tmp_path, 1))
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "_sync", lambda path: path.is_file() and path.write_bytes(b""))
+        with pytest.raises(CheckpointError):
+            save(tmp_path, 1, fill=b"new")
+    assert contents(store.newest_valid(tmp_path)) == old
 
 
 def test_the_run_that_saved_last_is_resumed(tmp_path: Path) -> None:

@@ -128,6 +128,14 @@ def test_a_training_that_was_cut_short_goes_on(quickstart: None, tmp_path: Path)
     for name, weight in whole.items():
         assert torch.equal(cut[name], weight), name
     assert "holds a finished run" in failure(*run, "--resume")
+    assert "give one of them" in failure(*run, "--resume", "--overwrite")
+    (tmp_path / "cut" / "summary.json").unlink()  # as if it had been killed before the last file
+    assert "holds a training that did not end (step 4)" in failure(*run)
+    assert ladder(*run, "--resume").exit_code == 0
+    before = {path.name for path in (tmp_path / "cut").glob("checkpoint-*")}
+    assert ladder(*run, "--overwrite", "--steps", 1).exit_code == 0
+    assert before == {"checkpoint-3", "checkpoint-4"}
+    assert {path.name for path in (tmp_path / "cut").glob("checkpoint-*")} == {"checkpoint-1"}
 
 
 def test_leaner_policies(quickstart: None, tmp_path: Path) -> None:

@@ -112,6 +112,7 @@ def test_a_signal_saves_and_leaves(
     again = trainer(tmp_path)
     again.train(resume_from_checkpoint=True)
     assert again.state.global_step == 8
+    assert [line["step"] for line in again.state.log_history if "eval_loss" in line] == [2, 4, 6, 8]
     for name, weight in weights(again).items():
         assert torch.equal(weight, uninterrupted[name]), name
 

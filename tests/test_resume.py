@@ -201,7 +201,7 @@ def broken(whole: LadderTrainer, folder: Path) -> Path:
 def test_nothing_starts_over_silently(make: Callable[..., LadderTrainer], tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no valid checkpoint to resume from: it holds none"):
         make(tmp_path).train(resume_from_checkpoint=True)
-    model_only = make(tmp_path, save_only_model=True, max_steps=1)
+    model_only = make(tmp_path, save_only_model=True, callbacks=[StopAt(1)])
     model_only.train()
     with pytest.raises(CheckpointError, match=r"optimizer\.json: is missing, and training would silently go on"):
         make(tmp_path).train(resume_from_checkpoint=True)
@@ -214,6 +214,10 @@ def test_nothing_starts_over_silently(make: Callable[..., LadderTrainer], tmp_pa
         ({"per_device_train_batch_size": 2}, "per_device_train_batch_size was 4 and is 2"),
         ({"seed": 7}, "seed was 42 and is 7"),
         ({"data": PAIRS[::-1]}, "data was '"),
+        ({"learning_rate": 1e-9}, r"learning_rate was 0\.003 and is 1e-09"),
+        ({"max_steps": 50}, "max_steps was 5 and is 50"),
+        ({"optim": "adamw_torch_8bit"}, "optim was 'adamw_torch_fused' and is"),
+        ({"train_sampling_strategy": "sequential"}, "train_sampling_strategy was 'random' and is 'sequential'"),
         ({"taps": "none"}, r"trained tensors in \d groups, here are \d+ in \d: resume with the taps policy"),
     ],
 )
@@ -271,3 +275,31 @@ def test_rotation_keeps_the_best(make: Callable[..., LadderTrainer], tmp_path: P
     best.train()
     assert best.state.best_model_checkpoint == str(tmp_path / "checkpoint-1")
     assert [step for step, _ in store.checkpoints(tmp_path)] == [1, STEPS]
+
+
+def test_the_last_one_stays_beside_the_best_also_with_a_limit_of_one(
+    make: Callable[..., LadderTrainer], tmp_path: Path
+) -> None:
+    """The stock Trainer would delete it at the end, and everything else that is named like a checkpoint."""
+    (tmp_path / "checkpoint-77").mkdir()
+    best = make(
+        tmp_path,
+        eval_strategy="steps",
+        eval_steps=1,
+        load_best_model_at_end=True,
+        save_total_limit=1,
+        greater_is_better=True,
+        metric_for_best_model="loss",
+        eval_dataset=PAIRS[:5],
+    )
+    best.train()
+    assert [step for step, _ in store.checkpoints(tmp_path)] == [1, STEPS, 77]
+
+
+def test_a_damaged_one_on_top_does_not_outlive_the_good_ones(
+    make: Callable[..., LadderTrainer], whole: LadderTrainer, tmp_path: Path
+) -> None:
+    copy(whole, tmp_path, 3, STEPS)
+    (tmp_path / f"checkpoint-{STEPS}" / "optimizer.json").write_text("{}")
+    make(tmp_path, callbacks=[StopAt(4)], save_total_limit=1).train(resume_from_checkpoint=True)
+    assert store.newest_valid(tmp_path).name == "checkpoint-4"

@@ -93,14 +93,13 @@ def step(model: torch.nn.Module, optimizer: torch.optim.Optimizer, count: int) -
         optimizer.step()
 
 
-@pytest.mark.parametrize("bits", [32, 8])
-def test_an_optimizer_goes_on_to_the_bit(tmp_path: Path, bits: int) -> None:
-    if bits == 8:
+@pytest.mark.parametrize("kind", ["adamw", "adamw_8bit", "adafactor"])
+def test_an_optimizer_goes_on_to_the_bit(tmp_path: Path, kind: str) -> None:
+    options: dict[str, Any] = {"fused": True} if kind == "adamw" else {}
+    if kind == "adamw_8bit":
         from torchao.optim import AdamW8bit as optimizer_class
-
-        options: dict[str, Any] = {}
     else:
-        optimizer_class, options = torch.optim.AdamW, {"fused": True}
+        optimizer_class = {"adamw": torch.optim.AdamW, "adafactor": torch.optim.Adafactor}[kind]
     model, optimizer = trained(optimizer_class, **options)
     weights = copy.deepcopy(model.state_dict())
     save_state(tmp_path, "optimizer", optimizer.state_dict())
@@ -116,6 +115,8 @@ def test_an_optimizer_goes_on_to_the_bit(tmp_path: Path, bits: int) -> None:
 def test_the_state_of_other_parameters_is_refused(tmp_path: Path) -> None:
     _, optimizer = trained(torch.optim.AdamW)
     state = optimizer.state_dict()
+    with pytest.raises(CheckpointError, match=r"another kind of optimizer .*resume with the one it was saved with"):
+        load_optimizer_state(torch.optim.SGD([torch.nn.Parameter(torch.zeros(3))]), state, tmp_path)
     fewer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(3))])
     with pytest.raises(CheckpointError, match="state of 4 trained tensors in 2 groups, here are 1 in 1: resume with"):
         load_optimizer_state(fewer, state, tmp_path)
