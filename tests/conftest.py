@@ -26,6 +26,7 @@ _device_constructors()  # torch lists its own constructors once: before one of t
 KERNEL_TESTS = (
     "test_nf4",
     "test_nf4_linear",
+    "test_decoder_block",
     "test_tap",
     "test_side_layer",
     "test_linear_cross_entropy",
