@@ -23,7 +23,9 @@ constexpr int64_t kScaleRun = 256;    // groups whose scales are decoded ahead, 
 // read side by side and each is short, so that the processor does not see by itself that they follow each other.
 inline int64_t prefetch_distance(int64_t rows, int64_t groups) {
     const int64_t tile = rows * groups * (kGroup / 2);
-    return (kPrefetchBytes + tile - 1) / tile * tile;
+    if (tile >= kPrefetchBytes) return tile;
+    // In 32 bits: in 64 a division took 3% of the time of short rows.
+    return static_cast<uint32_t>(kPrefetchBytes + tile - 1) / static_cast<uint32_t>(tile) * tile;
 }
 
 // As numbers: a pointer that far may lie beyond the array, where a request is ignored.

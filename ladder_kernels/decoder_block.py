@@ -152,15 +152,11 @@ class PackedDecoderBlock:
 def _check_weights(weights: DecoderWeights) -> None:
     norm = weights.attention_norm
     check_dtype(_OP, "attention_norm", norm.dtype, COMPUTE_DTYPES)
-    (rows, width), kv_rows, inner = (
-        weights.query.weight.shape,
-        weights.key.weight.shape[0],
-        weights.gate.weight.shape[0],
-    )
+    rows, width = weights.query.weight.shape
+    kv_rows, inner = weights.key.weight.shape[0], weights.gate.weight.shape[0]
     heads, mlp = ((rows, width), (kv_rows, width), (kv_rows, width), (width, rows)), (inner, width)
-    for name, (weight, bias), shape in zip(
-        weights._fields, weights.linears, (*heads, mlp, mlp, mlp[::-1]), strict=False
-    ):
+    shapes = (*heads, mlp, mlp, (width, inner))
+    for name, (weight, bias), shape in zip(weights._fields[:7], weights.linears, shapes, strict=True):
         if weight.shape != shape:
             raise ValueError(f"{_OP}: expected {name} of shape {list(shape)}, got {list(weight.shape)}")
         if bias is not None:
@@ -168,8 +164,8 @@ def _check_weights(weights: DecoderWeights) -> None:
             check_contiguous(_OP, f"the bias of {name}", bias)
     if (weights.query_norm is None) != (weights.key_norm is None):
         raise ValueError(f"{_OP}: expected query_norm and key_norm, or none of them, got one")
-    for name, tensor in zip(("attention_norm", "mlp_norm", "query_norm", "key_norm"), weights.norms, strict=True):
+    sizes = (width, width, weights.key_size or 0, weights.key_size or 0)
+    for name, tensor, size in zip(weights._fields[7:], weights.norms, sizes, strict=True):
         if tensor is not None:
-            shape = (width,) if tensor is norm or tensor is weights.mlp_norm else (weights.key_size or 0,)
-            check_like(_OP, name, tensor, shape, norm)
+            check_like(_OP, name, tensor, (size,), norm)
             check_contiguous(_OP, name, tensor)

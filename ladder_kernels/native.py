@@ -237,9 +237,8 @@ def decoder_heads(
     query, key, value = (
         torch.empty(tokens, count, size, dtype=dtype, device=device) for count in (heads, kv_heads, kv_heads)
     )
-    rows = abi.DecoderRows(tokens=tokens, head_dim=size, epsilon=epsilon, dtype=abi.DTYPE_CODES[dtype])
-    rows.hidden, rows.cos, rows.sin = hidden.data_ptr(), cos.data_ptr(), sin.data_ptr()
-    rows.query, rows.key, rows.value = query.data_ptr(), key.data_ptr(), value.data_ptr()
+    tensors = (hidden, cos, sin, None, query, key, value, None)
+    rows = abi.DecoderRows(*map(_address, tensors), None, tokens, size, epsilon, abi.DTYPE_CODES[dtype])
     _run_decoder(_library().ladder_decoder_heads, block, rows, workspace)
     return query, key, value
 
@@ -247,8 +246,8 @@ def decoder_heads(
 def decoder_mlp(block: abi.DecoderBlock, mixed: Tensor, hidden: Tensor, epsilon: float, workspace: Workspace) -> Tensor:
     """The block's output [T, D] from the result of its attention [T, Hq d] and its input, contiguous and checked."""
     out = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
-    rows = abi.DecoderRows(tokens=hidden.shape[0], epsilon=epsilon, dtype=abi.DTYPE_CODES[hidden.dtype])
-    rows.hidden, rows.mixed, rows.out = hidden.data_ptr(), mixed.data_ptr(), out.data_ptr()
+    tensors = (hidden, None, None, mixed, None, None, None, out)
+    rows = abi.DecoderRows(*map(_address, tensors), None, hidden.shape[0], 0, epsilon, abi.DTYPE_CODES[hidden.dtype])
     _run_decoder(_library().ladder_decoder_mlp, block, rows, workspace)
     return out
 
