@@ -1,9 +1,11 @@
 // The C ABI that ladder_kernels/native.py binds.
 #include <vector>
 
+#include "decoder_block.h"
 #include "isa.h"
 #include "parallel.h"
 #include "side_layer.h"
+#include "threaded.h"
 
 #if defined(_MSC_VER)
 #define LADDER_API extern "C" __declspec(dllexport)
@@ -16,21 +18,12 @@ namespace {
 // Elements, or rows, per thread below which starting one costs more than it saves.
 constexpr int64_t kDequantizeGrain = 1 << 16;
 constexpr int64_t kQuantizeGrain = 1 << 14;
-constexpr int64_t kMultiplyGrain = 1 << 16;
-constexpr int64_t kElementwiseGrain = 1 << 14;
 constexpr int64_t kSideLayerGrain = 4;
-constexpr int64_t kRowMultiple = 16;  // rows that a kernel may compute together
-
-// Rows of `width` elements that are worth a thread.
-int64_t row_grain(int64_t elements, int64_t width) {
-    const int64_t rows = elements / (width > 0 ? width : 1);
-    return rows > 0 ? rows : 1;
-}
 
 }  // namespace
 
 // Raised whenever a signature or a struct below changes; native.py refuses another number.
-LADDER_API int32_t ladder_abi_version() { return 4; }
+LADDER_API int32_t ladder_abi_version() { return 5; }
 
 LADDER_API const char* ladder_isa() { return ladder::current_isa().name; }
 
@@ -68,13 +61,8 @@ LADDER_API void ladder_quantize_nf4(const void* weight, int32_t dtype, const flo
 
 // The product with few tokens. product->arranged: at least 4 * cols * tokens bytes, tokens rounded up to 16.
 LADDER_API void ladder_nf4_linear(const ladder::NF4View* view, const ladder::Product* product, int32_t threads) {
-    const ladder::Isa& isa = ladder::current_isa();
-    isa.arrange(*product);
-    const int64_t rows = row_grain(kMultiplyGrain, product->cols);
-    const int64_t grain = (rows + kRowMultiple - 1) / kRowMultiple * kRowMultiple;
-    ladder::parallel_for(product->rows, grain, threads, [&](int64_t begin, int64_t end) {
-        isa.multiply(*view, *product, begin, end);
-    });
+    ladder::current_isa().arrange(*product);
+    ladder::multiply(*view, *product, threads);
 }
 
 LADDER_API void ladder_cross_entropy(const ladder::CrossEntropy* problem, int32_t threads) {
@@ -83,23 +71,11 @@ LADDER_API void ladder_cross_entropy(const ladder::CrossEntropy* problem, int32_
                          [&](int64_t begin, int64_t end) { cross_entropy(*problem, begin, end); });
 }
 
-LADDER_API void ladder_rms_norm(const ladder::RmsNorm* call, int32_t threads) {
-    ladder::RmsNormFn* rms_norm = ladder::current_isa().vector->rms_norm;
-    ladder::parallel_for(call->rows, row_grain(kElementwiseGrain, call->width), threads,
-                         [&](int64_t begin, int64_t end) { rms_norm(*call, begin, end); });
-}
+LADDER_API void ladder_rms_norm(const ladder::RmsNorm* call, int32_t threads) { ladder::rms_norm(*call, threads); }
 
-LADDER_API void ladder_rotary(const ladder::Rotary* call, int32_t threads) {
-    ladder::RotaryFn* rotary = ladder::current_isa().vector->rotary;
-    ladder::parallel_for(call->tokens, row_grain(kElementwiseGrain, call->heads * call->head_dim), threads,
-                         [&](int64_t begin, int64_t end) { rotary(*call, begin, end); });
-}
+LADDER_API void ladder_rotary(const ladder::Rotary* call, int32_t threads) { ladder::rotary(*call, threads); }
 
-LADDER_API void ladder_swiglu(const ladder::SwiGlu* call, int32_t threads) {
-    ladder::SwiGluFn* swiglu = ladder::current_isa().vector->swiglu;
-    ladder::parallel_for(call->rows, row_grain(kElementwiseGrain, call->width), threads,
-                         [&](int64_t begin, int64_t end) { swiglu(*call, begin, end); });
-}
+LADDER_API void ladder_swiglu(const ladder::SwiGlu* call, int32_t threads) { ladder::swiglu(*call, threads); }
 
 LADDER_API void ladder_side_layer(const ladder::SideLayer* call, int32_t threads) {
     ladder::SideLayerFn* side_layer = ladder::current_isa().vector->side_layer;
@@ -108,4 +84,21 @@ LADDER_API void ladder_side_layer(const ladder::SideLayer* call, int32_t threads
                              std::vector<char> scratch(static_cast<size_t>(ladder::side_layer_scratch(*call)));
                              side_layer(*call, begin, end, scratch.data());
                          });
+}
+
+// Bytes of rows->scratch that either half of the block needs.
+LADDER_API int64_t ladder_decoder_scratch(const ladder::DecoderBlock* block, const ladder::DecoderRows* rows) {
+    return ladder::DecoderScratch(*block, *rows).bytes;
+}
+
+// The block up to its attention.
+LADDER_API void ladder_decoder_heads(const ladder::DecoderBlock* block, const ladder::DecoderRows* rows,
+                                     int32_t threads) {
+    ladder::DecoderCall(*block, *rows, threads).heads();
+}
+
+// The block from its attention on.
+LADDER_API void ladder_decoder_mlp(const ladder::DecoderBlock* block, const ladder::DecoderRows* rows,
+                                   int32_t threads) {
+    ladder::DecoderCall(*block, *rows, threads).mlp();
 }

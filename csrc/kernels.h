@@ -24,13 +24,14 @@ enum DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2 };
 // What a weight is decoded to: a DType, or one of these, rounded to 16 bits and kept in fp32 for an fp32 product.
 enum Decoded : int32_t { kBFloat16InFloat32 = 3, kFloat16InFloat32 = 4 };
 
-// out[t, n] = sum over k of x[t, k] * W[n, k] + bias[n], for few tokens t: each packed weight is read from memory once.
-// W is decoded to `dtype` and multiplied in fp32.
+// out[t, n] = sum over k of x[t, k] * W[n, k] + bias[n], rounded, + residual[t, n], for few tokens t: each packed weight is
+// read from memory once. W is decoded to `dtype` and multiplied in fp32.
 struct Product {
-    const void* x;     // [tokens, cols] of dtype
-    const void* bias;  // [rows] of dtype, or null
-    void* out;         // [tokens, rows] of dtype
-    void* arranged;    // scratch for a copy of x in the order in which the kernel meets the weights
+    const void* x;         // [tokens, cols] of dtype
+    const void* bias;      // [rows] of dtype, or null
+    const void* residual;  // [tokens, rows] of dtype, or null
+    void* out;             // [tokens, rows] of dtype
+    void* arranged;        // scratch for a copy of x in the order in which the kernel meets the weights
     int64_t tokens;
     int64_t rows;
     int64_t cols;  // a multiple of 64, and so is the weight's block size
@@ -111,6 +112,41 @@ struct SideLayer {
     float epsilon;
     int32_t dtype;
     int32_t wide_weights;
+};
+
+// A frozen linear of a decoder block; cols and the weight's block size are multiples of 64.
+struct DecoderLinear {
+    NF4View weight;    // [rows, cols]
+    const void* bias;  // [rows] of the hidden states' dtype, or null
+    int64_t rows;
+    int64_t cols;
+};
+
+struct DecoderBlock {
+    DecoderLinear query, key, value, output, gate, up, down;
+    const void* attention_norm;  // [width], as mlp_norm
+    const void* mlp_norm;
+    const void* query_norm;  // [head_dim] as key_norm, or both null
+    const void* key_norm;
+};
+
+// Few rows that pass a decoder block: up to its attention (hidden, cos, sin -> query, key, value, of which query and key
+// are normed where the block has norms for that, and rotated), or from it on (hidden, mixed -> out: u = hidden + mixed
+// times output, plus the SwiGLU MLP of rms_norm(u)).
+struct DecoderRows {
+    const void* hidden;  // [tokens, width]
+    const void* cos;     // [tokens, head_dim]
+    const void* sin;     // [tokens, head_dim]
+    const void* mixed;   // [tokens, columns of block.output]
+    void* query;         // [tokens, heads, head_dim]
+    void* key;           // [tokens, kv_heads, head_dim]
+    void* value;         // [tokens, kv_heads, head_dim]
+    void* out;           // [tokens, width]
+    void* scratch;       // 64-byte aligned
+    int64_t tokens;
+    int64_t head_dim;
+    float epsilon;
+    int32_t dtype;
 };
 
 // Decode elements [first, first + count) to out[0 .. count): codebook value times scale in fp32, rounded once. `decoded`:

@@ -23,7 +23,9 @@ constexpr int64_t kScaleRun = 256;    // groups whose scales are decoded ahead, 
 // read side by side and each is short, so that the processor does not see by itself that they follow each other.
 inline int64_t prefetch_distance(int64_t rows, int64_t groups) {
     const int64_t tile = rows * groups * (kGroup / 2);
-    return (kPrefetchBytes + tile - 1) / tile * tile;
+    if (tile >= kPrefetchBytes) return tile;
+    // In 32 bits: in 64 a division took 3% of the time of short rows.
+    return static_cast<uint32_t>(kPrefetchBytes + tile - 1) / static_cast<uint32_t>(tile) * tile;
 }
 
 // As numbers: a pointer that far may lie beyond the array, where a request is ignored.
@@ -42,15 +44,21 @@ inline float load_float(const void* values, int64_t index, int32_t dtype) {
     return dtype == kBFloat16 ? bf16_to_float(bits) : fp16_to_float(bits);
 }
 
-// Add the bias, round and store one element of the result.
+inline void store_float(void* values, int64_t index, int32_t dtype, float value) {
+    if (dtype == kFloat32)
+        static_cast<float*>(values)[index] = value;
+    else
+        static_cast<uint16_t*>(values)[index] = dtype == kBFloat16 ? float_to_bf16(value) : float_to_fp16(value);
+}
+
+// Add the bias, round and store one element of the result; a residual is added to what was rounded.
 inline void finish(const Product& product, int64_t token, int64_t row, float sum) {
     if (product.bias != nullptr) sum += load_float(product.bias, row, product.dtype);
     const int64_t index = token * product.rows + row;
-    if (product.dtype == kFloat32)
-        static_cast<float*>(product.out)[index] = sum;
-    else
-        static_cast<uint16_t*>(product.out)[index] =
-            product.dtype == kBFloat16 ? float_to_bf16(sum) : float_to_fp16(sum);
+    store_float(product.out, index, product.dtype, sum);
+    if (product.residual == nullptr) return;
+    const float rounded = load_float(product.out, index, product.dtype);
+    store_float(product.out, index, product.dtype, load_float(product.residual, index, product.dtype) + rounded);
 }
 
 // Tokens of the next tile: a power of two, at most `most`. A kernel for every number of tokens would multiply the code for

@@ -19,8 +19,20 @@ inline float block_scale(const NF4View& view, int64_t block) {
 // Scales of `count` groups of 64 elements from group `first` on, where block_size is a multiple of 64.
 inline void group_scales(const NF4View& view, int64_t first, int64_t count, float* scales) {
     const int64_t groups_per_block = view.block_size / 64;
-    if (view.absmax_map == nullptr || groups_per_block > 1) {
-        for (int64_t i = 0; i < count; ++i) scales[i] = block_scale(view, (first + i) / groups_per_block);
+    if (groups_per_block > 1) {
+        // One division, not one for each group: it takes as long as the products of a group.
+        int64_t block = first / groups_per_block;
+        for (int64_t i = 0; i < count; ++block) {
+            const int64_t block_end = (block + 1) * groups_per_block - first;
+            const int64_t stop = block_end < count ? block_end : count;
+            const float scale = block_scale(view, block);
+            for (; i < stop; ++i) scales[i] = scale;
+        }
+        return;
+    }
+    if (view.absmax_map == nullptr) {
+        const float* absmax = static_cast<const float*>(view.absmax) + first;
+        for (int64_t i = 0; i < count; ++i) scales[i] = absmax[i];
         return;
     }
     // Looked up one by one and then scaled as vectors. (A gather is no faster, and where a processor needs the fix for

@@ -8,6 +8,7 @@ V vocabulary.
 from __future__ import annotations
 
 from ladder_kernels.attention import attention
+from ladder_kernels.decoder_block import DecoderWeights, PackedDecoderBlock, PackedLinear
 from ladder_kernels.elementwise import rms_norm, rotary, swiglu, swiglu_
 from ladder_kernels.embedding import embedding_rows
 from ladder_kernels.frozen_norm import frozen_rms_norm
@@ -21,9 +22,12 @@ from ladder_kernels.tap import tap
 from ladder_kernels.workspace import Workspace
 
 __all__ = [
+    "DecoderWeights",
     "HeadWeight",
     "Int8Weight",
     "NF4Weight",
+    "PackedDecoderBlock",
+    "PackedLinear",
     "SideLayerWeights",
     "Workspace",
     "attention",

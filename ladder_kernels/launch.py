@@ -64,13 +64,20 @@ def linear_plan(tokens: int, rows: int, cols: int, block_size: int, itemsize: in
 
     isa: the instruction set of the native library; None where tensors are elsewhere or there is no library.
     """
-    if isa is not None and 0 < tokens <= FEW_TOKENS[isa] and cols > 0 and cols % GROUP == 0 and block_size % GROUP == 0:
+    if reads_packed(tokens, cols, block_size, isa):
         return LinearPlan(None, 4 * cols * -(-tokens // TOKEN_MULTIPLE) * TOKEN_MULTIPLE)
     if isa not in WITHOUT_BF16_UNITS or itemsize > 2 or tokens == 0:
         panel = panel_rows(tokens, rows, cols, itemsize)
         return LinearPlan(panel, panel * cols * itemsize)
     panel, wide_tokens = panel_rows(tokens, rows, cols, 4), min(tokens, WIDE_TOKENS)
     return LinearPlan(panel, sum(wide_scratch(panel, cols, wide_tokens)), wide_tokens)
+
+
+def reads_packed(tokens: int, cols: int, block_size: int, isa: str | None) -> bool:
+    """Whether the native kernel multiplies so many tokens by packed weights as it reads them."""
+    if isa is None or not 0 < tokens <= FEW_TOKENS[isa]:
+        return False
+    return cols > 0 and cols % GROUP == 0 and block_size % GROUP == 0
 
 
 def wide_scratch(panel_rows: int, cols: int, tokens: int) -> tuple[int, int, int]:

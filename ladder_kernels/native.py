@@ -13,6 +13,7 @@ import functools
 import os
 import sys
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,7 +26,9 @@ from ladder_kernels.nf4_tensors import NF4Tensors
 from ladder_kernels.reference import IGNORE_INDEX
 
 if TYPE_CHECKING:
+    from ladder_kernels.decoder_block import DecoderWeights
     from ladder_kernels.side_layer import SideLayerCall, SideLayerWeights
+    from ladder_kernels.workspace import Workspace
 
 _SUFFIX = {"darwin": ".dylib", "win32": ".dll"}.get(sys.platform, ".so")
 LIBRARY_NAME = f"libladder_native{_SUFFIX}"
@@ -111,15 +114,18 @@ def dequantize_nf4(nf4: NF4Tensors, first_row: int, out: Tensor, rounded_to: tor
     )
 
 
-def nf4_linear(x: Tensor, bias: Tensor | None, nf4: NF4Tensors, scratch: Tensor, out: Tensor) -> None:
-    """out [T, N] = x [T, K] @ W^T + bias for few tokens T, from packed weights.
+def nf4_linear(
+    x: Tensor, bias: Tensor | None, residual: Tensor | None, nf4: NF4Tensors, scratch: Tensor, out: Tensor
+) -> None:
+    """out [T, N] = x [T, K] @ W^T + bias, rounded, + residual for few tokens T, from packed weights.
 
     Checked, contiguous CPU tensors; K and the block size are multiples of 64; scratch as in `launch.linear_plan`. The
     sums are in fp32 and do not depend on the number of threads.
     """
     product = abi.Product(
         x.data_ptr(),
-        None if bias is None else bias.data_ptr(),
+        _address(bias),
+        _address(residual),
         out.data_ptr(),
         scratch.data_ptr(),
         *out.shape,
@@ -214,6 +220,48 @@ def side_layer(state: Tensor, weights: SideLayerWeights, call: SideLayerCall) ->
     return out
 
 
+def decoder_structure(weights: DecoderWeights) -> abi.DecoderBlock:
+    """Where the checked weights of a decoder block are now."""
+    linears = (
+        abi.DecoderLinear(_view(weight.tensors), _address(bias), *weight.shape) for weight, bias in weights.linears
+    )
+    return abi.DecoderBlock(*linears, *(_address(norm) for norm in weights.norms))
+
+
+def decoder_heads(
+    block: abi.DecoderBlock, hidden: Tensor, cos: Tensor, sin: Tensor, epsilon: float, workspace: Workspace
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Query [T, Hq, d], key and value [T, Hkv, d] of few rows [T, D], checked: query and key normed and rotated."""
+    (tokens, size), dtype, device = cos.shape, hidden.dtype, hidden.device
+    heads, kv_heads = block.query.rows // size, block.key.rows // size
+    query, key, value = (
+        torch.empty(tokens, count, size, dtype=dtype, device=device) for count in (heads, kv_heads, kv_heads)
+    )
+    tensors = (hidden, cos, sin, None, query, key, value, None)
+    rows = abi.DecoderRows(*map(_address, tensors), None, tokens, size, epsilon, abi.DTYPE_CODES[dtype])
+    _run_decoder(_library().ladder_decoder_heads, block, rows, workspace)
+    return query, key, value
+
+
+def decoder_mlp(block: abi.DecoderBlock, mixed: Tensor, hidden: Tensor, epsilon: float, workspace: Workspace) -> Tensor:
+    """The block's output [T, D] from the result of its attention [T, Hq d] and its input, contiguous and checked."""
+    out = torch.empty(hidden.shape, dtype=hidden.dtype, device=hidden.device)
+    tensors = (hidden, None, None, mixed, None, None, None, out)
+    rows = abi.DecoderRows(*map(_address, tensors), None, hidden.shape[0], 0, epsilon, abi.DTYPE_CODES[hidden.dtype])
+    _run_decoder(_library().ladder_decoder_mlp, block, rows, workspace)
+    return out
+
+
+def _run_decoder(
+    function: Callable[..., None], block: abi.DecoderBlock, rows: abi.DecoderRows, workspace: Workspace
+) -> None:
+    arguments = ctypes.byref(block), ctypes.byref(rows)
+    # Of the name that nf4_linear uses: both are scratch of a block's products, which run one after the other.
+    size = _library().ladder_decoder_scratch(*arguments)
+    rows.scratch = workspace.take("nf4_linear", (size,), torch.uint8).data_ptr()
+    function(*arguments, torch.get_num_threads())
+
+
 def quantize_nf4(weight: Tensor, thresholds: Tensor, block_size: int) -> tuple[Tensor, Tensor]:
     """`reference.quantize_nf4` for a checked, contiguous CPU tensor."""
     count = weight.numel()
@@ -238,11 +286,15 @@ def _view(nf4: NF4Tensors) -> abi.NF4View:
         packed.data_ptr(),
         absmax.data_ptr(),
         codebook.data_ptr(),
-        None if absmax_scale is None else absmax_scale.data_ptr(),
-        None if absmax_map is None else absmax_map.data_ptr(),
-        None if absmax_offset is None else absmax_offset.data_ptr(),
+        _address(absmax_scale),
+        _address(absmax_map),
+        _address(absmax_offset),
         block_size,
     )
+
+
+def _address(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()
 
 
 def _library() -> ctypes.CDLL:

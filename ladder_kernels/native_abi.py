@@ -9,7 +9,7 @@ import ctypes
 
 import torch
 
-ABI_VERSION = 4
+ABI_VERSION = 5
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 IN_FLOAT32_CODES = {torch.bfloat16: 3, torch.float16: 4}
 
@@ -26,6 +26,9 @@ SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     "ladder_rotary": ([_pointer, _int32], None),
     "ladder_swiglu": ([_pointer, _int32], None),
     "ladder_side_layer": ([_pointer, _int32], None),
+    "ladder_decoder_scratch": ([_pointer, _pointer], _int64),
+    "ladder_decoder_heads": ([_pointer, _pointer, _int32], None),
+    "ladder_decoder_mlp": ([_pointer, _pointer, _int32], None),
 }
 
 
@@ -49,6 +52,7 @@ class Product(ctypes.Structure):
     _fields_ = [
         ("x", _pointer),
         ("bias", _pointer),
+        ("residual", _pointer),
         ("out", _pointer),
         ("arranged", _pointer),
         ("tokens", _int64),
@@ -138,4 +142,39 @@ class SideLayer(ctypes.Structure):
         ("epsilon", ctypes.c_float),
         ("dtype", _int32),
         ("wide_weights", _int32),
+    ]
+
+
+class DecoderLinear(ctypes.Structure):
+    """`ladder::DecoderLinear` of csrc/kernels.h."""
+
+    _fields_ = [("weight", NF4View), ("bias", _pointer), ("rows", _int64), ("cols", _int64)]
+
+
+class DecoderBlock(ctypes.Structure):
+    """`ladder::DecoderBlock` of csrc/kernels.h."""
+
+    _fields_ = [
+        *((name, DecoderLinear) for name in ("query", "key", "value", "output", "gate", "up", "down")),
+        *((name, _pointer) for name in ("attention_norm", "mlp_norm", "query_norm", "key_norm")),
+    ]
+
+
+class DecoderRows(ctypes.Structure):
+    """`ladder::DecoderRows` of csrc/kernels.h."""
+
+    _fields_ = [
+        ("hidden", _pointer),
+        ("cos", _pointer),
+        ("sin", _pointer),
+        ("mixed", _pointer),
+        ("query", _pointer),
+        ("key", _pointer),
+        ("value", _pointer),
+        ("out", _pointer),
+        ("scratch", _pointer),
+        ("tokens", _int64),
+        ("head_dim", _int64),
+        ("epsilon", ctypes.c_float),
+        ("dtype", _int32),
     ]

@@ -71,12 +71,13 @@ def _multiply(
     if isinstance(plan, GpuLinearPlan):
         from ladder_kernels.gpu import nf4_linear as gpu
 
-        bias = None if bias is None else bias.contiguous()
-        added = None if residual is None else residual.reshape(out.shape).contiguous()
+        bias, added = _contiguous(bias), _contiguous(residual, out.shape)
         gpu.nf4_linear(flat.contiguous(), nf4, bias, added, plan, scratch, out, half_precision=half_precision)
         residual = None
     elif plan.panel_rows is None:
-        native.nf4_linear(flat.contiguous(), None if bias is None else bias.contiguous(), nf4, scratch, out)
+        bias, added = _contiguous(bias), _contiguous(residual, out.shape)
+        native.nf4_linear(flat.contiguous(), bias, added, nf4, scratch, out)
+        residual = None
     elif plan.wide_tokens:
         _multiply_wide_panels(flat, bias, scratch, nf4, plan, out)
     else:
@@ -84,6 +85,12 @@ def _multiply(
         panel_linear(flat, functools.partial(dequantize_rows, nf4), bias, panels, out)
     out = out if x.dim() == 2 else out.view(*x.shape[:-1], rows)
     return out if residual is None else out.add_(residual)
+
+
+def _contiguous(tensor: Tensor | None, shape: torch.Size | None = None) -> Tensor | None:
+    if tensor is None:
+        return None
+    return (tensor if shape is None else tensor.reshape(shape)).contiguous()
 
 
 def _multiply_wide_panels(

@@ -32,6 +32,7 @@ settings.load_profile("gate")
 KERNEL_TESTS = (
     "test_nf4",
     "test_nf4_linear",
+    "test_decoder_block",
     "test_tap",
     "test_side_layer",
     "test_linear_cross_entropy",

@@ -19,7 +19,7 @@ from ladder_kernels import native
 ROOT = Path(__file__).parents[1]
 KERNEL_TESTS = tuple(
     f"tests/test_{name}.py"
-    for name in ("nf4_linear", "native", "nf4", "linear_cross_entropy", "elementwise", "side_layer")
+    for name in ("nf4_linear", "native", "nf4", "linear_cross_entropy", "elementwise", "side_layer", "decoder_block")
 )
 # Left out: the comparison with bitsandbytes on large inputs, and a matrix whose pages a sanitizer would touch.
 SELECTION = "not two_billion and not equals_bitsandbytes and not quantized_scales_follow"

@@ -124,8 +124,8 @@ def test_few_tokens_write_out_and_nothing_beside_it(native_isa, tokens):
     buffer = torch.full((tokens * rows + 2 * guard,), 123.0)
     out = buffer[guard:-guard].view(tokens, rows)
     expected = torch.empty(tokens, rows)
-    native.nf4_linear(x, None, weight.tensors, torch.empty(size, dtype=torch.uint8), expected)
-    native.nf4_linear(x, None, weight.tensors, scratch[guard:-guard], out)
+    native.nf4_linear(x, None, None, weight.tensors, torch.empty(size, dtype=torch.uint8), expected)
+    native.nf4_linear(x, None, None, weight.tensors, scratch[guard:-guard], out)
     assert_same_bits("out", out, expected)
     for edge in (buffer[:guard] == 123.0, buffer[-guard:] == 123.0, scratch[:guard] == 77, scratch[-guard:] == 77):
         assert bool(edge.all())

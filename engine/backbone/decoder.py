@@ -12,6 +12,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,9 +26,12 @@ from engine.backbone.families import BackboneConfig, rotary_frequencies
 from engine.backbone.host_memory import pin, unpin
 from engine.sequence import SequenceLayout, attention, rotary_table
 from ladder_kernels import (
+    DecoderWeights,
     HeadWeight,
     Int8Weight,
     NF4Weight,
+    PackedDecoderBlock,
+    PackedLinear,
     Workspace,
     embedding_rows,
     frozen_rms_norm,
@@ -43,7 +47,7 @@ if TYPE_CHECKING:
     from engine.backbone.residency import Layers
 
 
-@dataclass
+@dataclass(frozen=True)
 class Linear:
     """A frozen y = x W^T + b with W [N, K] packed NF4 or dense, b [N] or None."""
 
@@ -63,7 +67,7 @@ class Linear:
         return Linear(weight, None if self.bias is None else fn(self.bias))
 
 
-@dataclass
+@dataclass(frozen=True)
 class Block:
     """The frozen weights of one decoder block."""
 
@@ -78,6 +82,19 @@ class Block:
     down: Linear
     query_norm: Tensor | None = None
     key_norm: Tensor | None = None
+
+    @cached_property
+    def packed(self) -> PackedDecoderBlock | None:
+        """The block as native kernels compute it for few rows; None unless all linears are packed, on a CPU."""
+        if not self.attention_norm.is_cpu:
+            return None
+        linears: list[PackedLinear] = []
+        for linear in (self.query, self.key, self.value, self.output, self.gate, self.up, self.down):
+            if not isinstance(linear.weight, NF4Weight):
+                return None
+            linears.append(PackedLinear(linear.weight, linear.bias))
+        norms = (self.attention_norm, self.mlp_norm, self.query_norm, self.key_norm)
+        return PackedDecoderBlock(DecoderWeights(*linears, *norms))
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> Block:
         """The same with `fn` applied to every tensor, in an order that depends on the block's fields alone."""
@@ -228,9 +245,31 @@ class Backbone:
         yield 0, hidden
         for index in range(len(self.blocks)):
             with torch.no_grad(), self.layers.on_device(index) as block:
-                hidden = self._attention(block, index, hidden, tables, layout, cache)
-                hidden = self._mlp(block, hidden)
+                out = self._few_rows(block, index, hidden, tables, layout, cache)
+                if out is None:
+                    hidden = self._attention(block, index, hidden, tables, layout, cache)
+                    out = self._mlp(block, hidden)
+                hidden = out
             yield index + 1, hidden
+
+    def _few_rows(
+        self,
+        block: Block,
+        index: int,
+        hidden: Tensor,
+        tables: tuple[Tensor, Tensor],
+        layout: SequenceLayout,
+        cache: DynamicCache | None,
+    ) -> Tensor | None:
+        """What `_attention` and `_mlp` compute, to the bit, from two native calls; None where these do not apply."""
+        if block.packed is None:
+            return None
+        config = self.config
+
+        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+            return attention(query, key, value, layout, window=config.layer_windows[index], cache=cache, layer=index)
+
+        return block.packed(hidden, *tables, config.rms_norm_eps, attend, workspace=self._workspace)
 
     def _attention(
         self,
