@@ -90,6 +90,13 @@ class CrashSafeCheckpoints:
                 self._save_checkpoint(self.model, None)
         raise SystemExit(status)
 
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """The stock epoch, but nothing where training was resumed at its end: it would take one step more."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*args, **kwargs)
+
     def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """The stock end, which would delete every checkpoint but the best one where only one is to be kept; after a
         signal the weights stay the last ones."""

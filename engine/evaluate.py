@@ -66,7 +66,6 @@ def evaluate(model: LadderForCausalLM, data: Dataset[dict[str, Tensor]], batch_s
     batches: Iterable[dict[str, Any]] = DataLoader(data, batch_size=batch_size, collate_fn=Collator())
     losses, count, num_samples = torch.zeros(2, dtype=torch.float64), 0, 0
     for batch in tqdm(batches, desc="evaluating", disable=None, leave=False):
-        batch.pop("sample_ids", None)
         losses += _summed_losses(model, batch)
         count += int((batch["supervised_targets"] >= 0).sum())
         num_samples += len(batch["document_lengths"])

@@ -150,8 +150,8 @@ def check_output(output: Path, overwrite: bool, resume: bool = False) -> None:
         (output / SUMMARY_FILE).unlink(missing_ok=True)
         return
     # An adapter beside checkpoints and without a summary was cut short while it was written.
-    marks = (SUMMARY_FILE,) if begun else (SUMMARY_FILE, CONFIG_NAME)
-    if found := [name for name in marks if (output / name).exists()]:
+    found = [name for name in (SUMMARY_FILE, CONFIG_NAME) if (output / name).exists()]
+    if SUMMARY_FILE in found or (found and not begun):
         raise ValueError(
             f"{output}: holds a finished run ({', '.join(found)}); choose another folder with --output, or replace it "
             "with --overwrite"

@@ -124,7 +124,8 @@ class LadderModel(nn.Module):
 
 
 def refuse_unsupported(unsupported: dict[str, Any]) -> None:
-    """Refuse inputs that would be ignored, unless they ask for nothing."""
-    names = [name for name, value in unsupported.items() if value is not None and value is not False]
+    """Refuse inputs that would be ignored, unless they ask for nothing, as the collator's record numbers do."""
+    asked = {name: value for name, value in unsupported.items() if name != "sample_ids"}
+    names = [name for name, value in asked.items() if value is not None and value is not False]
     if names:
         raise TypeError(f"LadderForCausalLM does not take {names}; see its forward() for what it takes")

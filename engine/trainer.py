@@ -229,7 +229,7 @@ class LadderMixin(CrashSafeCheckpoints):
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> tuple[Tensor, None, None]:
         """Mean loss of one batch; its sum and number of tokens are added to the evaluation's totals."""
-        inputs = self._prepare_inputs({name: value for name, value in inputs.items() if name != "sample_ids"})
+        inputs = self._prepare_inputs(inputs)
         with torch.no_grad():
             outputs = model(**inputs, num_items_in_batch=1)
         self._eval_total += torch.stack((outputs.loss.double(), outputs.num_supervised.double()))

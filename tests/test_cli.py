@@ -102,6 +102,7 @@ def test_a_training_that_was_cut_short_goes_on(quickstart: None, tmp_path: Path)
     """Ctrl-C in the command leaves a checkpoint and status 130; --resume ends as the run that was left alone."""
     script = (
         "import os, signal, sys\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from engine.cli import app\n"
         "from engine.trainer import LadderTrainer\n"
         "stock = LadderTrainer.training_step\n"

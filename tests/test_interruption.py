@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,17 @@ from engine import LadderArguments, LadderTrainer
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 ROWS = [{"input_ids": list(range(start, start + 20)), "labels": list(range(start, start + 20))} for start in range(24)]
+
+
+@pytest.fixture(autouse=True)
+def _default_handlers() -> Iterator[None]:
+    """What a process has that was started in a terminal: in the background SIGINT may be ignored from the start."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 class Phases(LadderTrainer):
@@ -125,6 +136,14 @@ def test_a_second_interrupt_leaves_at_once(tmp_path: Path) -> None:
     assert left.value.code == 130 and made.state.global_step == 1
     assert not list(tmp_path.glob("checkpoint-*"))
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_a_signal_that_is_ignored_stays_ignored(tmp_path: Path) -> None:
+    """As in a background job of a script."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    made = trainer(tmp_path)
+    sends(made, "forward", [3], signal.SIGINT)
+    assert made.train().global_step == 8
 
 
 def test_other_threads_may_train(tmp_path: Path) -> None:

@@ -109,6 +109,14 @@ class StopAt(TrainerCallback):
         control.should_training_stop = state.global_step >= self.step
 
 
+def test_resumed_at_its_end(make: Callable[..., LadderTrainer], whole: LadderTrainer, tmp_path: Path) -> None:
+    """Nothing is left to do; the stock Trainer would take one step more."""
+    resumed = make(copy(whole, tmp_path, STEPS))
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == STEPS
+    assert_same_end(resumed, whole)
+
+
 def test_resumed_twice(make: Callable[..., LadderTrainer], whole: LadderTrainer, tmp_path: Path) -> None:
     copy(whole, tmp_path, 1)
     make(tmp_path, callbacks=[StopAt(3)]).train(resume_from_checkpoint=True)
