@@ -154,6 +154,8 @@ def _check_weights(weights: DecoderWeights) -> None:
     check_dtype(_OP, "attention_norm", norm.dtype, COMPUTE_DTYPES)
     rows, width = weights.query.weight.shape
     kv_rows, inner = weights.key.weight.shape[0], weights.gate.weight.shape[0]
+    if kv_rows > rows:  # the scratch of a projection is as wide as the queries
+        raise ValueError(f"{_OP}: expected at most as many rows of key as of query, {rows}, got {kv_rows}")
     heads, mlp = ((rows, width), (kv_rows, width), (kv_rows, width), (width, rows)), (inner, width)
     shapes = (*heads, mlp, mlp, (width, inner))
     for name, (weight, bias), shape in zip(weights._fields[:7], weights.linears, shapes, strict=True):

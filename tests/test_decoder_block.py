@@ -187,6 +187,7 @@ def test_wrong_arguments():
         PackedDecoderBlock(weights)(hidden, cos, sin, EPSILON, lambda q, k, v: k.flatten(1), workspace=Workspace())
     for changed, message in (
         ({"key": weights.query}, r"expected value of shape \[384, 192\], got \[128, 192\]"),
+        ({"query": weights.key, "key": weights.query}, "at most as many rows of key as of query, 128, got 384"),
         ({"up": weights.down}, r"expected up of shape \[320, 192\], got \[192, 320\]"),
         ({"query": PackedLinear(weights.query.weight, torch.zeros(3))}, "bias of query of shape"),
         ({"mlp_norm": torch.ones(3)}, "expected mlp_norm of shape"),
