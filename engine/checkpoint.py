@@ -146,9 +146,9 @@ def save_adapter(
     content = {"format_version": FORMAT_VERSION, "ladder": config.to_dict(), "backbone": record.to_dict()}
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
-    _write(folder / "README.md", model_card(config, record, sum(t.numel() for t in tensors.values())).encode())
-    _write(folder / WEIGHTS_NAME, serialize_tensors(tensors, metadata={"format": "pt"}))
-    _write(folder / CONFIG_NAME, (json.dumps(content, indent=2) + "\n").encode())
+    replace_file(folder / "README.md", model_card(config, record, sum(t.numel() for t in tensors.values())).encode())
+    replace_file(folder / WEIGHTS_NAME, serialize_tensors(tensors, metadata={"format": "pt"}))
+    replace_file(folder / CONFIG_NAME, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def check_no_foreign_model(folder: Path) -> None:
@@ -264,8 +264,11 @@ def _check_keys(values: Any, expected: Collection[str]) -> None:
         raise ValueError(f"expected an object with the keys {sorted(expected)}, got {got}")
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Write through a temporary name; the mode is the umask's, or that of the file it replaces."""
+def replace_file(path: Path, content: bytes) -> None:
+    """Write through a temporary name: a reader sees the old file or the new one.
+
+    The mode is the umask's, or that of the file it replaces.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:

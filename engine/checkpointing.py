@@ -9,14 +9,16 @@ from __future__ import annotations
 import logging
 import os
 import uuid
-from collections.abc import Sized
+from collections.abc import Mapping, Sized
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from safetensors import SafetensorError
 from torch import nn
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import ExportableState
 from transformers.trainer_utils import SaveStrategy, TrainOutput
 
@@ -33,7 +35,6 @@ from engine.training_state import (
 
 logger = logging.getLogger(__name__)
 
-TRAINER_STATE = "trainer_state.json"
 _PENDING = "pending"  # what a signal has cut off, to be made up for
 _ORDER = (  # of TrainingArguments: what the order and content of batches depend on
     "per_device_train_batch_size",
@@ -59,6 +60,7 @@ class CrashSafeCheckpoints:
 
     _run = ""
     _sequence = 0
+    _settings: Mapping[str, Any] = MappingProxyType({})
     last_saved_step: int | None = None
     interruption: Interruption
 
@@ -113,7 +115,7 @@ class CrashSafeCheckpoints:
         if self.is_world_process_zero():
             store.sweep(folder)
         self.accelerator.wait_for_everyone()
-        self._sequence = store.next_sequence(folder)
+        self._sequence, self._settings = store.next_sequence(folder), self._settings_now()
         if not wanted:
             self._run, self.interruption.evaluation_due = uuid.uuid4().hex, False
             return None
@@ -124,7 +126,7 @@ class CrashSafeCheckpoints:
         self.interruption.evaluation_due = bool(load_state(found, _PENDING)["evaluation"])
         return found
 
-    def _settings(self) -> dict[str, Any]:
+    def _settings_now(self) -> dict[str, Any]:
         """What the rest of a training depends on beside the checkpoint's own state.
 
         Of data that were not tokenized here only the number of samples is known.
@@ -139,7 +141,7 @@ class CrashSafeCheckpoints:
         }
 
     def _check_settings(self, folder: Path, manifest: Manifest) -> None:
-        here = self._settings()
+        here = self._settings
         accepted = {"data", *_ORDER} if self.args.ignore_data_skip else set()
         names = here.keys() - accepted
         different = [
@@ -164,7 +166,7 @@ class CrashSafeCheckpoints:
             staging = store.staging_folder(run_folder, self.state.global_step, os.getpid())
             try:
                 self._stage(staging, random_states)
-                final = store.commit(staging, self._run, self._sequence, self._settings())
+                final = store.commit(staging, self._run, self._sequence, self._settings)
                 self._rotate(run_folder)
             except (OSError, SafetensorError, CheckpointError, TypeError) as failure:
                 error = failure
@@ -208,7 +210,7 @@ class CrashSafeCheckpoints:
             if (scaler := self._scaler()) is not None:
                 save_state(staging, "scaler", scaler.state_dict())
         self._record_callbacks()
-        self.state.save_to_json(str(staging / TRAINER_STATE))
+        self.state.save_to_json(str(staging / TRAINER_STATE_NAME))
 
     def _record_callbacks(self) -> None:
         """State of callbacks that have some, as the stock Trainer keeps it."""

@@ -1,10 +1,10 @@
 """What a training step will hold in memory, from the shapes in config.json and a `LadderConfig` alone.
 
-A step is a timeline of phases: load, backbone pass, side forward, loss, backward, optimizer. Every part (weights, taps,
-gradients ...) has a function that gives its bytes, every phase says which parts it holds, and the peak is the largest
-phase: parts that are never alive together are never added. Moments, gradients and scratch count as every step but the
-first finds them. `python -m benchmarks memory` counts the same storage by storage in the code that trains, and the
-tests hold the plan to within 5 % of that. GB is 1e9 bytes.
+A step is a timeline of phases: load, backbone pass, side forward, loss, backward, optimizer, and where there is one an
+evaluation. Every part (weights, taps, gradients ...) has a function that gives its bytes, every phase says which parts
+it holds, and the peak is the largest phase: parts that are never alive together are never added. Moments, gradients and
+scratch count as every step but the first finds them. `python -m benchmarks memory` counts the same storage by storage
+in the code that trains, and the tests hold the plan to within 5 % of that. GB is 1e9 bytes.
 """
 
 from __future__ import annotations

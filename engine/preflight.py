@@ -7,12 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import TrainingArguments
 
+from engine.arguments import optimizer_policy, workload
 from engine.backbone import Backbone
 from engine.backbone.families import BackboneConfig, backbone_config, parse_config
 from engine.backbone.files import CONFIG, locate, read_json
 from engine.backbone.host_memory import available_bytes
 from engine.backbone.shards import CheckpointError
+from engine.config import LadderConfig
+from engine.dtypes import compute_dtype
 from engine.memory import MemoryPlan
 from engine.planner import Planner, parse_bytes, usable_bytes
 from engine.workload import GB, MemoryPolicies, Workload
@@ -104,6 +108,18 @@ def place_backbone(
         return plan, {}
     layers = plan.phases["load"]
     return plan, {"residency": "auto", "layer_budget": layers["backbone layers"] + layers["layers in flight"]}
+
+
+def load_options(source: str | Path, ladder_config: LadderConfig | None, args: TrainingArguments) -> dict[str, Any]:
+    """Where `load_backbone` puts a backbone so that training fits the `memory_budget` of its arguments."""
+    options: dict[str, Any] = {"device": args.device}
+    budget = getattr(args, "memory_budget", None)
+    if budget is not None:
+        planner = Planner(read_shape(source), ladder_config or LadderConfig())
+        work = workload(args, args.device.type, compute_dtype(args.device).itemsize)
+        settled = MemoryPolicies(optimizer=optimizer_policy(args))
+        options |= place_backbone(planner, work, budget, getattr(args, "taps", "auto"), settled)[1]
+    return options
 
 
 def fit_training(

@@ -10,7 +10,6 @@ import io
 import json
 import logging
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from fnmatch import fnmatchcase
@@ -19,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from engine.checkpoint import replace_file
 
 METRICS_FILE = "metrics.jsonl"
 PICTURE_FILE = "training.png"
@@ -88,7 +89,7 @@ class RunLog(TrainerCallback):
     def _rewrite(self) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         text = "".join(json.dumps(line) + "\n" for line in self._lines)
-        _replace(self._path, text.encode())
+        replace_file(self._path, text.encode())
         self._is_whole = True
 
     def _picture(self) -> None:
@@ -144,7 +145,7 @@ def draw_training(lines: Sequence[Line], path: Path) -> None:
             axis.legend(fontsize=8)
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=100)
-    _replace(path, picture.getvalue())
+    replace_file(path, picture.getvalue())
 
 
 def _curves(lines: Sequence[Line], patterns: Sequence[str]) -> list[str]:
@@ -169,13 +170,3 @@ def _plain(value: Any) -> Any:
 
 def _number(value: Any) -> float:
     return value if isinstance(value, int | float) else math.nan
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file beside `path` and put it in its place: a reader sees the old one or the new one."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        partial.write_bytes(content)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)

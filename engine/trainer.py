@@ -1,7 +1,8 @@
 """`transformers.Trainer` for ladder models: a mixin that adds data, the fused loss and measurements, and nothing else.
 
-The stock Trainer owns loop, schedule, callbacks, logging and resume. Three of its habits do not fit and are replaced:
-it would build logits to evaluate, average evaluation losses over batches instead of tokens, and pickle its arguments.
+The stock Trainer owns loop, schedule, callbacks and logging. Habits of it that do not fit are replaced: it would build
+logits to evaluate, average evaluation losses over batches instead of tokens, and step on gradients that are not finite.
+Its checkpoints, pickled and written in place, are `engine.checkpointing`'s.
 """
 
 from __future__ import annotations
@@ -31,7 +32,6 @@ from engine.collator import Collator
 from engine.config import LadderConfig
 from engine.data import TokenizedDataset
 from engine.data_parallel import WholeRounds, all_reduced_bytes
-from engine.dtypes import compute_dtype
 from engine.guards import SKIPPED_FILE, GuardedStep, SpikeWatch
 from engine.interruption import Interruption
 from engine.layer_major import LayerMajor
@@ -41,12 +41,12 @@ from engine.model import LadderForCausalLM
 from engine.out_of_memory import TrainingMemoryError, WholeSteps, explain, is_out_of_memory, release
 from engine.packing import PackedDataset
 from engine.planner import Planner, parse_bytes, usable_bytes
-from engine.preflight import check_free, fit_training, free_bytes, place_backbone, policies_of, read_shape
+from engine.preflight import check_free, fit_training, free_bytes, load_options, policies_of
 from engine.run_log import RunLog
 from engine.step_graph import CudaGraphs, StepGraphs, check_arguments
 from engine.summary import PeakMemory, StepClock
 from engine.training_data import prepared, training_data
-from engine.workload import GB, MemoryPolicies, Workload
+from engine.workload import GB, Workload
 
 
 class LadderMixin(CrashSafeCheckpoints):
@@ -85,7 +85,7 @@ class LadderMixin(CrashSafeCheckpoints):
                 "not supported: build one trainer per trial around a shared backbone instead"
             )
         if isinstance(model, str | Path):
-            model = LadderForCausalLM.from_backbone(model, ladder_config, **_load_options(model, ladder_config, args))
+            model = LadderForCausalLM.from_backbone(model, ladder_config, **load_options(model, ladder_config, args))
         elif ladder_config is not None:
             raise ValueError(
                 "ladder_config was given with a model that has a side network already; pass the backbone's path or id "
@@ -395,18 +395,6 @@ def _tokenizer_if_any(model: LadderForCausalLM) -> PreTrainedTokenizerBase | Non
         return model.backbone.tokenizer()
     except ValueError:
         return None
-
-
-def _load_options(source: str | Path, ladder_config: LadderConfig | None, args: TrainingArguments) -> dict[str, Any]:
-    """Where `load_backbone` puts a backbone so that training fits `memory_budget`."""
-    options: dict[str, Any] = {"device": args.device}
-    budget = getattr(args, "memory_budget", None)
-    if budget is not None:
-        planner = Planner(read_shape(source), ladder_config or LadderConfig())
-        work = workload(args, args.device.type, compute_dtype(args.device).itemsize)
-        settled = MemoryPolicies(optimizer=optimizer_policy(args))
-        options |= place_backbone(planner, work, budget, getattr(args, "taps", "auto"), settled)[1]
-    return options
 
 
 def _without_count(batch: Mapping[str, Any]) -> tuple[dict[str, Any], Any]:
