@@ -22,10 +22,10 @@ from engine.backbone.families import backbone_config
 from engine.backbone.residency import Placement
 from engine.config import LadderConfig
 from engine.dtypes import compute_dtype
-from engine.model import LadderForCausalLM
-from engine.planner import Planner
-from engine.preflight import place_backbone
-from engine.workload import Workload
+from engine.memory.planner import Planner
+from engine.memory.workload import Workload
+from engine.model.causal_lm import LadderForCausalLM
+from engine.training.preflight import place_backbone
 
 _CONTEXT_BYTES = 400 * 10**6  # of a card, what CUDA's context takes before torch allocates anything
 CONFIG = LadderConfig.preset("ladder", reduction_factor=REDUCTION_FACTOR)

@@ -24,8 +24,8 @@ from benchmarks.tracked_qlora import QLoRA, track_qlora
 from benchmarks.tracked_step import track_ladder
 from engine.backbone.families import backbone_config
 from engine.config import LadderConfig
-from engine.memory import plan_memory
-from engine.workload import GB, MemoryPolicies, Workload
+from engine.memory.plan import plan_memory
+from engine.memory.workload import GB, MemoryPolicies, Workload
 
 MEMORY_CSV = RESULTS_FOLDER / "memory.csv"
 COLUMNS = (

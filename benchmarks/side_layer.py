@@ -18,8 +18,8 @@ from benchmarks.shapes import model_shape
 from benchmarks.train_step import REDUCTION_FACTOR
 from engine.backbone.families import backbone_config
 from engine.config import SideDims, side_dims
+from engine.model.side_network import SideLayer
 from engine.sequence import SequenceLayout, inverse_frequencies, rotary_table
-from engine.side_network import SideLayer
 from ladder_kernels.side_layer import SideLayerCall, SideLayerShape, plain_side_layer
 
 Layer = Callable[[Tensor], Tensor]

@@ -23,8 +23,8 @@ from benchmarks.tracked_step import empty_tensors, optimizer_with_moments
 from benchmarks.tracker import StorageTracker, tracked
 from engine.backbone.decoder import Block, Linear
 from engine.backbone.families import BackboneConfig, backbone_config
+from engine.memory.workload import MemoryPolicies
 from engine.sequence import rotary_table
-from engine.workload import MemoryPolicies
 from ladder_kernels import NF4Weight, Workspace, linear_cross_entropy, reference
 from ladder_kernels.attention import attention
 

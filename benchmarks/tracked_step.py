@@ -18,12 +18,12 @@ from engine.backbone.layout import packed_nbytes, views
 from engine.backbone.loader import assemble_block
 from engine.backbone.residency import Layers
 from engine.config import LadderConfig
-from engine.ladder_model import LadderModel
-from engine.rows import Rows
+from engine.memory.workload import MemoryPolicies
+from engine.model.ladder_model import LadderModel
+from engine.model.rows import Rows
+from engine.model.side_network import SideNetwork
+from engine.model.tap_store import _HostCopy
 from engine.sequence import SequenceLayout
-from engine.side_network import SideNetwork
-from engine.tap_store import _HostCopy
-from engine.workload import MemoryPolicies
 from ladder_kernels import NF4Weight
 from ladder_kernels.head import HeadWeight
 from ladder_kernels.int8 import Int8Weight

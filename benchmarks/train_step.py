@@ -58,7 +58,7 @@ def _ladder(preset: str, cuda_graph: bool = False) -> Callable[[Case, Context], 
 
 def ladder_step(model: LadderForCausalLM, case: Case, context: Context, cuda_graph: bool = False) -> Runnable:
     """Our step of the case's tokens, on the batch that our trainer's collator makes."""
-    from engine.collator import Collator
+    from engine.data.collator import Collator
 
     model.train()
     input_ids, _ = _batch(case, context)
@@ -78,7 +78,7 @@ def ladder_step(model: LadderForCausalLM, case: Case, context: Context, cuda_gra
 
 def _replayed(model: LadderForCausalLM, batch: dict[str, Any], device: torch.device) -> Callable[[], Tensor]:
     """The training pass as a graph, captured here and not in the time of the first calls."""
-    from engine.step_graph import EAGER_PASSES, CudaGraphs, StepGraphs
+    from engine.training.step_graph import EAGER_PASSES, CudaGraphs, StepGraphs
 
     graphs = StepGraphs(model, CudaGraphs(device))
 

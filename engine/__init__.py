@@ -9,20 +9,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from engine.arguments import LadderArguments
     from engine.backbone import load_backbone
     from engine.config import LadderConfig
-    from engine.model import LadderForCausalLM
-    from engine.trainer import LadderTrainer
+    from engine.model.causal_lm import LadderForCausalLM
+    from engine.training.arguments import LadderArguments
+    from engine.training.trainer import LadderTrainer
 
 __version__ = "0.1.0"
 __all__ = ["LadderArguments", "LadderConfig", "LadderForCausalLM", "LadderTrainer", "__version__", "load_backbone"]
 
 _HOMES = {
-    "LadderArguments": "engine.arguments",
+    "LadderArguments": "engine.training.arguments",
     "LadderConfig": "engine.config",
-    "LadderForCausalLM": "engine.model",
-    "LadderTrainer": "engine.trainer",
+    "LadderForCausalLM": "engine.model.causal_lm",
+    "LadderTrainer": "engine.training.trainer",
     "load_backbone": "engine.backbone",
 }
 

@@ -57,8 +57,8 @@ def _seeded() -> None:
 @pytest.fixture(autouse=True)
 def _no_pictures(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Half a second at the end of every training adds up."""
-    if request.module.__name__ != "test_run_log" and "engine.run_log" in sys.modules:
-        monkeypatch.setattr("engine.run_log.draw_training", lambda lines, path: None)
+    if request.module.__name__ != "test_run_log" and "engine.training.run_log" in sys.modules:
+        monkeypatch.setattr("engine.training.run_log.draw_training", lambda lines, path: None)
 
 
 @pytest.fixture(autouse=True)

@@ -71,7 +71,7 @@ class Tape(TorchDispatchMode):
 
 
 class TapeGraphs:
-    """`engine.step_graph.GraphMaker` of a CPU; counts what it is asked for."""
+    """`engine.training.step_graph.GraphMaker` of a CPU; counts what it is asked for."""
 
     def __init__(self) -> None:
         self.runs = 0

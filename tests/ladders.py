@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from engine.backbone import Backbone, load_backbone
 from engine.config import LadderConfig
-from engine.connections import connections
-from engine.model import LadderForCausalLM
-from engine.side_network import SideNetwork
+from engine.model.causal_lm import LadderForCausalLM
+from engine.model.connections import connections
+from engine.model.side_network import SideNetwork
 
 SMALL = {"reduction_factor": 2}
 """64 / 2 = 32 wide: one head of 32."""

@@ -8,11 +8,11 @@ from benchmarks.memory import MIB, MemoryMeter
 from benchmarks.models import random_backbone
 from benchmarks.shapes import ModelShape, model_shape
 from engine.backbone.families import backbone_config
-from engine.collator import Collator
 from engine.config import LadderConfig
-from engine.memory import plan_memory
-from engine.model import LadderForCausalLM
-from engine.workload import Workload
+from engine.data.collator import Collator
+from engine.memory.plan import plan_memory
+from engine.memory.workload import Workload
+from engine.model.causal_lm import LadderForCausalLM
 
 SHAPE = ModelShape("qwen2", 1024, 3072, 6, 16, 4, 64, 8192, False, 4096, 1e-6, 1e6)
 TOKENS = 1024

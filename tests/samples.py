@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from checkpoints import tiny_tokenizer
 
-from engine.data import TokenizedDataset, prepare_dataset
+from engine.data.dataset import TokenizedDataset, prepare_dataset
 
 VOCAB_SIZE = 288
 CHAT = {"messages": [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]}

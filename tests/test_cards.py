@@ -6,7 +6,7 @@ import pytest
 import torch
 from ladders import ladder_model
 
-from engine.cards import CARDS, card_of, pass_flops
+from engine.memory.cards import CARDS, card_of, pass_flops
 
 
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)

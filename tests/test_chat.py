@@ -10,9 +10,9 @@ from checkpoints import tiny_tokenizer
 from samples import CHAT, learned_text, prepared, write
 from tokenizers.processors import ByteLevel
 
-from engine.chat import TemplateError, assistant_spans
-from engine.data import show_sample
-from engine.records import DataError
+from engine.data.chat import TemplateError, assistant_spans
+from engine.data.dataset import show_sample
+from engine.data.records import DataError
 
 
 def test_assistant_turns_only() -> None:

@@ -13,11 +13,10 @@ from checkpoints import tiny_checkpoint
 from ladders import SMALL, trained
 from typer.testing import CliRunner
 
-import engine.model
 from engine import LadderConfig, LadderForCausalLM, load_backbone
-from engine.chat_session import ChatSession, Voice, load_voices
 from engine.cli import app
-from engine.generate import PassedTokens, Sampling, chat_ids, generate_text
+from engine.inference.chat_session import ChatSession, Voice, load_voices
+from engine.inference.generate import PassedTokens, Sampling, chat_ids, generate_text
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -127,7 +126,8 @@ def test_the_end_of_the_context(voices: dict[str, Voice]) -> None:
 
 def test_the_backbone_is_loaded_once(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     loads = []
-    monkeypatch.setattr(engine.model, "load_backbone", lambda *a, **k: loads.append(a) or load_backbone(*a, **k))
+    counted = lambda *a, **k: loads.append(a) or load_backbone(*a, **k)  # noqa: E731
+    monkeypatch.setattr("engine.model.causal_lm.load_backbone", counted)
     given = ("chat", "--adapter", str(folders["terse"]), "--adapter", str(folders["chatty"]), "--residency", "host")
     result = CliRunner().invoke(app, [*given, "--max-new-tokens", "4"], input="one\n/adapter chatty\ntwo\n")
     assert result.exit_code == 0, result.output

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from engine import checkpoint_store as store
-from engine.checkpoint_store import MANIFEST, CheckpointError
+from engine.checkpoints import store
+from engine.checkpoints.store import MANIFEST, CheckpointError
 
 FILES = {"ladder.safetensors": b"weights " * 100, "optimizer.json": b"{}", "nested/rng.json": b"[1, 2]", "empty": b""}
 SETTINGS = {"seed": 1}

@@ -16,10 +16,10 @@ from typer.testing import CliRunner, Result
 
 from engine import LadderForCausalLM
 from engine.cli import app
-from engine.finetune import _arguments, check_output
-from engine.options import TrainOptions, read_options_file, with_values
 from engine.quickstart import defaults
-from engine.summary import PeakMemory, StepClock
+from engine.training.finetune import _arguments, check_output
+from engine.training.options import TrainOptions, read_options_file, with_values
+from engine.training.summary import PeakMemory, StepClock
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -55,7 +55,7 @@ def quickstart(checkpoint: Path, data: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(defaults, "backbone_path", lambda: str(checkpoint))
     monkeypatch.setattr(defaults, "train_path", lambda: str(data))
     monkeypatch.setattr(defaults, "heldout_path", lambda: str(data))
-    monkeypatch.setattr("engine.finetune.SHOWN_NEW_TOKENS", 4)
+    monkeypatch.setattr("engine.training.finetune.SHOWN_NEW_TOKENS", 4)
 
 
 def ladder(*arguments: object) -> Result:
@@ -104,7 +104,7 @@ def test_a_training_that_was_cut_short_goes_on(quickstart: None, tmp_path: Path)
         "import os, signal, sys\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
         "from engine.cli import app\n"
-        "from engine.trainer import LadderTrainer\n"
+        "from engine.training.trainer import LadderTrainer\n"
         "stock = LadderTrainer.training_step\n"
         "def step(self, *arguments):\n"
         "    if self.state.global_step == 2:\n"
@@ -315,7 +315,7 @@ def test_unknown_name_of_the_package() -> None:
 
 def test_clock_counts_only_between_count_and_stop(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr("engine.summary.time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("engine.training.summary.time.perf_counter", lambda: now[0])
     clock = StepClock(torch.device("cpu"))
     now[0] = 5.0
     clock.count(10)

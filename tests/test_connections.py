@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.config import LadderConfig
-from engine.connections import Connections, connections, ladder_connections, xladder_connections
+from engine.model.connections import Connections, connections, ladder_connections, xladder_connections
 
 
 def check(pairs: Connections, num_layers: int, num_side_layers: int) -> None:

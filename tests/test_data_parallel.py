@@ -17,8 +17,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from two_processes import CASES, GLOBAL_BATCH, HELDOUT, STEPS, Case, train
 
-from engine import checkpoint_store as store
-from engine.data_parallel import WholeRounds
+from engine.checkpoints import store
+from engine.training.data_parallel import WholeRounds
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList, pipeline
 
 from engine import LadderConfig, LadderForCausalLM
-from engine.generate import chat_ids, generate_text, prompt_ids
+from engine.inference.generate import chat_ids, generate_text, prompt_ids
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

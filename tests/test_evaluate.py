@@ -15,8 +15,8 @@ from typer.testing import CliRunner, Result
 
 from engine import LadderConfig, LadderForCausalLM
 from engine.cli import app
-from engine.data import Sample, TokenizedDataset, prepare_dataset
-from engine.evaluate import evaluate
+from engine.data.dataset import Sample, TokenizedDataset, prepare_dataset
+from engine.inference.evaluate import evaluate
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 
 from engine import LadderConfig, LadderForCausalLM
 from engine.cli import app
-from engine.generate import (
+from engine.inference.generate import (
     Sampling,
     _TextStreamer,
     adapter_tokenizer,

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from engine.backbone import load_backbone
-from engine.model import LadderForCausalLM
+from engine.model.causal_lm import LadderForCausalLM
 
 FAMILIES = ("qwen2", "mistral", "qwen2_window")
 """Plain attention, a window in every layer, a window in some."""

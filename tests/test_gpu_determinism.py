@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks.models import random_backbone
 from benchmarks.shapes import ModelShape
 from engine import LadderConfig, LadderForCausalLM
-from engine.collator import Collator
+from engine.data.collator import Collator
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("deterministic")]
 

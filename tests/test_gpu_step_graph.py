@@ -19,8 +19,8 @@ from torch import Tensor
 from benchmarks.models import random_backbone
 from benchmarks.shapes import ModelShape
 from engine import LadderArguments, LadderConfig, LadderForCausalLM, LadderTrainer
-from engine.collator import Collator
-from engine.step_graph import EAGER_PASSES, CudaGraphs, StepGraphs
+from engine.data.collator import Collator
+from engine.training.step_graph import EAGER_PASSES, CudaGraphs, StepGraphs
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("deterministic")]
 

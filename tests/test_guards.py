@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from engine import LadderArguments, LadderTrainer
-from engine.guards import SPIKE_PATIENCE, DivergedError, SpikeWatch
+from engine.training.guards import SPIKE_PATIENCE, DivergedError, SpikeWatch
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,9 +12,9 @@ from numerics import assert_same_bits
 from torch import Tensor
 
 from engine.backbone import load_backbone
-from engine.checkpoint import CONFIG_NAME, read_adapter
 from engine.config import LadderConfig
-from engine.model import LadderForCausalLM
+from engine.model.adapter import CONFIG_NAME, read_adapter
+from engine.model.causal_lm import LadderForCausalLM
 from ladder_kernels import decode_head, quantize_int8, quantize_nf4
 
 CONFIG = LadderConfig.preset("ladder", reduction_factor=4)

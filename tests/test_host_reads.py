@@ -15,8 +15,8 @@ from ladders import ladder_model
 from torch import Tensor
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
-from engine.collator import Collator
-from engine.model import LadderForCausalLM
+from engine.data.collator import Collator
+from engine.model.causal_lm import LadderForCausalLM
 
 
 def _batch() -> dict[str, Any]:

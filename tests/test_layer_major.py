@@ -14,8 +14,8 @@ from torch import Tensor
 from engine import LadderArguments, LadderForCausalLM, LadderTrainer
 from engine.backbone import Backbone
 from engine.config import LadderConfig
-from engine.layer_major import LayerMajor
-from engine.tap_store import TapPolicy
+from engine.model.tap_store import TapPolicy
+from engine.training.layer_major import LayerMajor
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

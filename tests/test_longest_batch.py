@@ -14,9 +14,9 @@ from samples import prepared
 from test_trainer import RAGGED, arguments, side_weights
 
 from engine import LadderTrainer
-from engine.ladder_model import LadderModel
-from engine.longest_batch import LongestBatchFirst, _missing_moments
-from engine.out_of_memory import TrainingMemoryError
+from engine.model.ladder_model import LadderModel
+from engine.training.longest_batch import LongestBatchFirst, _missing_moments
+from engine.training.out_of_memory import TrainingMemoryError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -81,7 +81,7 @@ def test_no_step_can_be_larger(lengths: list[int], size: int, passes: int) -> No
         data_collator = staticmethod(lambda samples: [len(sample["input_ids"]) for sample in samples])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("engine.longest_batch.try_batches", lambda _, batches: tried.extend(batches))
+        patch.setattr("engine.training.longest_batch.try_batches", lambda _, batches: tried.extend(batches))
         LongestBatchFirst(Recorded()).on_train_begin()  # type: ignore[arg-type]
     chosen = [length for batch in tried for length in batch]
     assert chosen == sorted((length + 1 for length in lengths), reverse=True)[: size * passes]

@@ -23,9 +23,9 @@ from transformers import (
 )
 
 from engine import LadderArguments, LadderTrainer, load_backbone
-from engine.cards import CARDS, pass_flops
-from engine.collator import Collator
-from engine.data import prepare_dataset
+from engine.data.collator import Collator
+from engine.data.dataset import prepare_dataset
+from engine.memory.cards import CARDS, pass_flops
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -286,7 +286,7 @@ def test_mfu_is_the_arithmetic_of_the_steps_over_that_of_the_card(
 ) -> None:
     """Of batches of one shape, mfu over tokens per second is the arithmetic of a token over the card's."""
     card = replace(CARDS[0], flops=1e8)
-    monkeypatch.setattr("engine.trainer.card_of", lambda device: card)
+    monkeypatch.setattr("engine.training.trainer.card_of", lambda device: card)
     backbone = load_backbone(checkpoint_folder(), dtype=torch.bfloat16)
     args = arguments(tmp_path, max_steps=2)
     data = [{"text": "a" * 19} for _ in range(8)]

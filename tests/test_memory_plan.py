@@ -22,14 +22,14 @@ from benchmarks.shapes import SHAPES, ModelShape
 from benchmarks.tracked_step import track_ladder
 from engine import LadderArguments, LadderConfig, LadderForCausalLM, LadderTrainer, load_backbone
 from engine.backbone.families import BackboneConfig, backbone_config
-from engine.cards import CARDS, break_even_tokens, step_work
 from engine.cli import app
-from engine.collator import Collator
-from engine.memory import plan_memory
-from engine.planner import Planner, largest, parse_bytes, usable_bytes
-from engine.preflight import MemoryPlanError, check_free, read_shape
-from engine.sizes import layer_bytes, side_parameters
-from engine.workload import GB, MemoryPolicies, Workload
+from engine.data.collator import Collator
+from engine.memory.cards import CARDS, break_even_tokens, step_work
+from engine.memory.plan import plan_memory
+from engine.memory.planner import Planner, largest, parse_bytes, usable_bytes
+from engine.memory.sizes import layer_bytes, side_parameters
+from engine.memory.workload import GB, MemoryPolicies, Workload
+from engine.training.preflight import MemoryPlanError, check_free, read_shape
 from ladder_kernels import native
 
 QWEN = ModelShape("qwen2", 512, 1408, 3, 8, 2, 64, 8192, False, 4096, 1e-6, 1e6)
@@ -286,7 +286,7 @@ def test_ladder_plan_names_a_bad_config(tmp_path: Path) -> None:
 
 def test_training_refuses_to_start_beyond_free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is trained, the numbers and a way out are named, and the override starts all the same."""
-    monkeypatch.setattr("engine.trainer.free_bytes", lambda device: 1000)
+    monkeypatch.setattr("engine.training.trainer.free_bytes", lambda device: 1000)
     backbone = load_backbone(tiny_checkpoint(tmp_path, "llama2"), dtype=torch.float32)
     model = LadderForCausalLM.from_backbone(backbone, LadderConfig.preset("ladder", reduction_factor=2))
     options = {"max_steps": 1, "max_length": 32, "use_cpu": True, "save_strategy": "no", "disable_tqdm": True}
@@ -305,7 +305,7 @@ def test_the_command_refuses_before_it_loads(tmp_path: Path, monkeypatch: pytest
     (folder / "model.safetensors").unlink()  # weights must not be missed
     data = tmp_path / "data.jsonl"
     data.write_text("\n".join(json.dumps({"text": f"line {i}"}) for i in range(8)))
-    monkeypatch.setattr("engine.finetune.free_bytes", lambda device: 1000)
+    monkeypatch.setattr("engine.training.finetune.free_bytes", lambda device: 1000)
     arguments = ["train", "--model", str(folder), "--data", str(data), "--output", str(tmp_path / "out")]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 2 and "--ignore-memory-plan" in result.output and "Policies" in result.output

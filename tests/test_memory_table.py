@@ -13,8 +13,8 @@ from benchmarks.memory_table import CASES, MEMORY_CSV, PEAK, RIVALS, TrackedCase
 from benchmarks.shapes import model_shape
 from engine.backbone.families import backbone_config
 from engine.config import LadderConfig
-from engine.memory import plan_memory
-from engine.workload import Workload
+from engine.memory.plan import plan_memory
+from engine.memory.workload import Workload
 
 
 def test_rows_of_a_case(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -25,9 +25,9 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from engine.backbone import Backbone, load_backbone
 from engine.config import LadderConfig
-from engine.model import LadderForCausalLM
-from engine.model_config import LadderModelConfig
-from engine.rows import rows_of_batch
+from engine.model.causal_lm import LadderForCausalLM
+from engine.model.rows import rows_of_batch
+from engine.model.transformers_config import LadderModelConfig
 from ladder_kernels import NF4Weight
 
 PRESETS = ("ladder", "xladder", "lst", "qst")

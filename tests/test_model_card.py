@@ -14,8 +14,8 @@ from huggingface_hub import HfApi, ModelCard
 from ladders import SMALL, checkpoint_folder, ladder_model, tiny_backbone, trained
 
 from engine import LadderConfig
-from engine.checkpoint import BackboneRecord
-from engine.model_card import model_card
+from engine.model.adapter import BackboneRecord
+from engine.model.model_card import model_card
 
 
 def test_a_card_says_of_what_with_what_and_how(tmp_path: Path) -> None:

@@ -20,9 +20,9 @@ from typer.testing import CliRunner
 from engine import LadderArguments, LadderForCausalLM, LadderTrainer
 from engine.backbone import Backbone
 from engine.cli import app
-from engine.ladder_model import LadderModel
-from engine.out_of_memory import TrainingMemoryError, WholeSteps, is_out_of_memory
-from engine.side_network import SideLayer
+from engine.model.ladder_model import LadderModel
+from engine.model.side_network import SideLayer
+from engine.training.out_of_memory import TrainingMemoryError, WholeSteps, is_out_of_memory
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -262,7 +262,7 @@ def test_a_loss_scale_can_go_on(tmp_path: Path) -> None:
 @pytest.mark.parametrize("error", [*ERRORS, "training"])
 def test_the_command_ends_with_one_message(monkeypatch: pytest.MonkeyPatch, error: str) -> None:
     raised = ERRORS[error]() if error in ERRORS else TrainingMemoryError("in step 7, with all its numbers")
-    monkeypatch.setattr("engine.finetune.finetune", failing(lambda *_: None, 0, lambda: raised))
+    monkeypatch.setattr("engine.training.finetune.finetune", failing(lambda *_: None, 0, lambda: raised))
     result = CliRunner().invoke(app, ["train"])
     assert result.exit_code == 1 and "Traceback" not in result.output and "error: " in result.output
     assert ("--batch-size" in result.output) == (error in ERRORS) and str(raised) in result.output

@@ -18,10 +18,10 @@ from samples import prepared
 from test_trainer import arguments, side_weights
 
 from engine import LadderTrainer
-from engine.collator import Collator
-from engine.data import TokenizedDataset
-from engine.packing import PackedDataset, best_fit_decreasing
-from engine.records import DataError
+from engine.data.collator import Collator
+from engine.data.dataset import TokenizedDataset
+from engine.data.packing import PackedDataset, best_fit_decreasing
+from engine.data.records import DataError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

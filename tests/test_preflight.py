@@ -13,8 +13,9 @@ from test_memory_plan import CONFIG, SEVEN_B, THIRTY_TWO_B
 
 from engine import LadderArguments, LadderTrainer
 from engine.backbone import load_backbone
-from engine.planner import Planner
-from engine.preflight import (
+from engine.memory.planner import Planner
+from engine.memory.workload import GB, MemoryPolicies, Workload
+from engine.training.preflight import (
     GROUP_SHARE,
     TAPS,
     MemoryPlanError,
@@ -24,7 +25,6 @@ from engine.preflight import (
     read_shape,
     tap_policies,
 )
-from engine.workload import GB, MemoryPolicies, Workload
 
 PLANNER = Planner(SEVEN_B, CONFIG)
 WORK = Workload(2048, accumulation=8)
@@ -55,7 +55,7 @@ def test_groups_leave_a_share_of_the_memory_alone() -> None:
 
 def test_groups_with_taps_on_the_host_fit_there(monkeypatch: pytest.MonkeyPatch) -> None:
     one = PLANNER.plan(WORK, MemoryPolicies(taps="host")).host["taps"]
-    monkeypatch.setattr("engine.preflight.available_bytes", lambda: int(3.5 * one / GROUP_SHARE))
+    monkeypatch.setattr("engine.training.preflight.available_bytes", lambda: int(3.5 * one / GROUP_SHARE))
     assert fit_training(PLANNER, WORK, MemoryPolicies(), "host", 100 * GB)[1] == 3
 
 
@@ -132,7 +132,7 @@ def test_the_loader_keeps_as_many_layers_as_were_planned(tmp_path: Path, layers:
 def test_wrong_arguments_are_explained(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, str], message: str
 ) -> None:
-    monkeypatch.setattr("engine.arguments.find_spec", lambda name: None)
+    monkeypatch.setattr("engine.training.arguments.find_spec", lambda name: None)
     with pytest.raises(ValueError, match=message):
         LadderArguments(output_dir=str(tmp_path), use_cpu=True, **options)  # type: ignore[arg-type]
 

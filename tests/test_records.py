@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from samples import CHAT, learned_text, prepared, write
 
-from engine.records import DataError, read_records
+from engine.data.records import DataError, read_records
 
 PROPERTY = settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 

@@ -21,8 +21,8 @@ from engine.backbone import Backbone, load_backbone, loader, packed_cache, resid
 from engine.backbone.decoder import Block
 from engine.backbone.layout import PackedBlock, describe, pack, packed_nbytes
 from engine.backbone.residency import Layers, Placement, place
-from engine.checkpoint import save_adapter
-from engine.model import LadderForCausalLM
+from engine.model.adapter import save_adapter
+from engine.model.causal_lm import LadderForCausalLM
 from engine.sequence import SequenceLayout
 
 NUM_LAYERS = 4

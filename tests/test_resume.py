@@ -15,9 +15,10 @@ import torch
 from checkpoints import tiny_checkpoint
 from transformers import TrainerCallback
 
-from engine import LadderArguments, LadderConfig, LadderForCausalLM, LadderTrainer, load_backbone, training_state
-from engine import checkpoint_store as store
-from engine.checkpoint_store import CheckpointError
+from engine import LadderArguments, LadderConfig, LadderForCausalLM, LadderTrainer, load_backbone
+from engine.checkpoints import state as training_state
+from engine.checkpoints import store
+from engine.checkpoints.store import CheckpointError
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -13,8 +13,9 @@ import torch
 from ladders import ladder_model
 from transformers import TrainerCallback, TrainerControl, TrainerState
 
-from engine import LadderArguments, LadderTrainer, run_log
-from engine.run_log import METRICS_FILE, PICTURE_FILE, RunLog, draw_training
+from engine import LadderArguments, LadderTrainer
+from engine.training import run_log
+from engine.training.run_log import METRICS_FILE, PICTURE_FILE, RunLog, draw_training
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

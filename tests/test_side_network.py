@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from engine.config import LadderConfig
+from engine.model.side_network import SideNetwork
+from engine.model.tap_store import TapKeeper
 from engine.sequence import SequenceLayout
-from engine.side_network import SideNetwork
-from engine.tap_store import TapKeeper
 
 QWEN_7B = {
     "hidden_size": 3584,

@@ -18,9 +18,10 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.training_args import ParallelMode
 
-from engine import LadderArguments, LadderForCausalLM, LadderTrainer, step_graph
-from engine.collator import Collator
-from engine.step_graph import EAGER_PASSES, StepGraphs, check_arguments
+from engine import LadderArguments, LadderForCausalLM, LadderTrainer
+from engine.data.collator import Collator
+from engine.training import step_graph
+from engine.training.step_graph import EAGER_PASSES, StepGraphs, check_arguments
 
 FIXED = Collator(pad_to=12, row_bucket=48)
 
@@ -164,12 +165,12 @@ def test_ragged_batches_run_without_graphs_and_say_so_once(
     runs = []
     for graphed in (False, True):
         made = trainer(tmp_path, graphed, Collator())
-        with caplog.at_level(logging.WARNING, "engine.step_graph"):
+        with caplog.at_level(logging.WARNING, "engine.training.step_graph"):
             made.train()
         runs.append(made)
     assert_same_run(*runs)
     assert len(runs[1].step_graphs._passes) <= 4
-    warnings = [record.getMessage() for record in caplog.records if record.name == "engine.step_graph"]
+    warnings = [record.getMessage() for record in caplog.records if record.name == "engine.training.step_graph"]
     assert len(warnings) == 1
     assert "data_collator=Collator(pad_to=max_length, row_bucket=max_length)" in warnings[0]
 
@@ -276,7 +277,7 @@ def test_graphs_and_their_memory_are_bounded(caplog: pytest.LogCaptureFixture, m
         for _ in range(EAGER_PASSES + 1):
             graphs(one_pass(model), batch_of(length))
     assert len(graphs._captured) == len(graphs._maker.tapes) == 2
-    assert [record.name for record in caplog.records] == ["engine.step_graph"]
+    assert [record.name for record in caplog.records] == ["engine.training.step_graph"]
     trainable = {id(parameter): parameter.grad for parameter in model.parameters()}
     assert {id(parameter): gradient for parameter, gradient in graphs._gradients.items()}.keys() == trainable.keys()
     assert all(graphs._gradients[parameter] is parameter.grad for parameter in model.parameters())

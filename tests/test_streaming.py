@@ -17,8 +17,8 @@ from test_trainer import StopAt, arguments, side_weights
 from torch.utils.data import IterableDataset
 
 from engine import LadderTrainer
-from engine.records import DataError
-from engine.streaming import StreamedDataset
+from engine.data.records import DataError
+from engine.data.streaming import StreamedDataset
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

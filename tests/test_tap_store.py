@@ -11,8 +11,8 @@ import torch
 from numerics import assert_same_bits
 from torch import Tensor
 
-from engine import tap_store
-from engine.tap_store import TapKeeper, TapPolicy, check_tap_policy
+from engine.model import tap_store
+from engine.model.tap_store import TapKeeper, TapPolicy, check_tap_policy
 
 LAYERS, TOKENS, WIDTH, SIDE = 4, 7, 24, 6
 

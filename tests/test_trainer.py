@@ -12,8 +12,8 @@ from checkpoints import tiny_checkpoint
 from transformers import TrainerCallback, TrainingArguments
 
 from engine import LadderArguments, LadderConfig, LadderForCausalLM, LadderTrainer, load_backbone
-from engine.collator import Collator
-from engine.data import TokenizedDataset, prepare_dataset
+from engine.data.collator import Collator
+from engine.data.dataset import TokenizedDataset, prepare_dataset
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

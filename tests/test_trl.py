@@ -11,13 +11,13 @@ from datasets import Dataset
 from ladders import ladder_model, tiny_backbone
 
 from engine import LadderArguments, LadderTrainer
-from engine.ladder_model import FrozenHead
+from engine.model.ladder_model import FrozenHead
 
 pytest.importorskip("trl", reason="needs trl: pip install 'ladder-engine[trl]'")
 
 from trl import SFTConfig
 
-from engine.sft import DocumentCollator, LadderSFTTrainer
+from engine.training.sft import DocumentCollator, LadderSFTTrainer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -58,15 +58,15 @@ def train(
     given = {name: value for name, value in locals().items() if name != "config"}
     with errors():
         options = _train_options(given, config)
-        from engine.finetune import finetune
+        from engine.training.finetune import finetune
 
         finetune(options, typer.echo)
 
 
 def _train_options(given: dict[str, Any], config: Path | None) -> Any:
     """Defaults (the quickstart's beside the shipped backbone), then the file, then the command line."""
-    from engine.options import TrainOptions, read_options_file, with_values
     from engine.quickstart.defaults import QUICKSTART
+    from engine.training.options import TrainOptions, read_options_file, with_values
 
     values = {} if config is None else read_options_file(config)
     values |= {name: value for name, value in given.items() if value is not None}
@@ -90,9 +90,9 @@ def plan(
     """Plan the memory of training on a GPU: every part, the policies to choose, time bounds, and what fits."""
     with errors():
         from engine.config import LadderConfig
-        from engine.planner import Planner, budget_report, parse_bytes
-        from engine.preflight import read_shape
-        from engine.workload import Workload
+        from engine.memory.planner import Planner, budget_report, parse_bytes
+        from engine.memory.workload import Workload
+        from engine.training.preflight import read_shape
 
         card_bytes = parse_bytes(budget)
         planner = Planner(read_shape(model), LadderConfig.preset(preset, reduction_factor=reduction_factor))
@@ -114,8 +114,8 @@ def info(
     with errors():
         if model is not None and adapter is not None:
             raise ValueError("--model and --adapter: give one of them")
-        from engine.doctor import system_lines
-        from engine.info import adapter_lines, backbone_lines
+        from engine.cli.diagnosis import system_lines
+        from engine.cli.listing import adapter_lines, backbone_lines
 
         lines = backbone_lines(model) if model is not None else adapter_lines(adapter) if adapter is not None else []
         typer.echo("\n".join([*lines, *system_lines()]))
@@ -124,7 +124,7 @@ def info(
 @app.command()
 def doctor() -> None:
     """Show what this machine has and what is missing; exit code 1 where training cannot run."""
-    from engine.doctor import diagnose
+    from engine.cli.diagnosis import diagnose
 
     report = diagnose()
     typer.echo(report.text())
@@ -135,7 +135,7 @@ def doctor() -> None:
 @app.callback(invoke_without_command=True)
 def _version(show: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if show:
-        from engine.doctor import version
+        from engine.cli.diagnosis import version
 
         typer.echo(f"ladder-engine {version('ladder-engine') or 'not installed'}, Python {platform.python_version()}")
         raise typer.Exit

@@ -20,8 +20,8 @@ def errors() -> Iterator[None]:
     except OSError as error:
         _fail(error, RUN_ERROR)
     except (RuntimeError, MemoryError) as error:
-        from engine.guards import DivergedError
-        from engine.out_of_memory import TrainingMemoryError, is_out_of_memory
+        from engine.training.guards import DivergedError
+        from engine.training.out_of_memory import TrainingMemoryError, is_out_of_memory
 
         if isinstance(error, DivergedError):
             _fail(error, RUN_ERROR)

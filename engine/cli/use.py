@@ -24,7 +24,7 @@ def _load(adapter: Path, backbone: Any, residency: str | None = None) -> Any:
     """A trained model on the GPU if there is one; beside a backbone that is loaded already, or loaded here."""
     import torch
 
-    from engine.model import LadderForCausalLM
+    from engine.model.causal_lm import LadderForCausalLM
 
     options = {} if residency is None or not isinstance(backbone, str | None) else {"residency": residency}
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -51,7 +51,14 @@ def generate(
     with errors():
         import torch
 
-        from engine.generate import Sampling, adapter_tokenizer, chat_ids, generate_text, prompt_ids, room_for_answer
+        from engine.inference.generate import (
+            Sampling,
+            adapter_tokenizer,
+            chat_ids,
+            generate_text,
+            prompt_ids,
+            room_for_answer,
+        )
 
         sampling = Sampling(temperature, top_p)
         ladder = _load(adapter, model, residency)
@@ -78,8 +85,8 @@ def chat(
     with errors():
         import torch
 
-        from engine.chat_session import ChatSession, load_voices
-        from engine.generate import Sampling
+        from engine.inference.chat_session import ChatSession, load_voices
+        from engine.inference.generate import Sampling
 
         sampling = Sampling(temperature, top_p)
         voices = load_voices(adapter, model, lambda folder, backbone: _load(folder, backbone, residency))
@@ -108,14 +115,14 @@ def evaluate(
     """Measure held-out loss and perplexity, with the side network and of the backbone alone."""
     with errors():
         # What can be told without the backbone comes first: loading it may take minutes.
-        from engine.records import read_records
+        from engine.data.records import read_records
 
         records = read_records(data)
         if json is not None and (json.is_dir() or not json.parent.is_dir()):
             raise ValueError(f"--json {json}: expected a file in a folder that exists")
-        from engine.data import prepare_dataset
-        from engine.evaluate import evaluate
-        from engine.generate import adapter_tokenizer
+        from engine.data.dataset import prepare_dataset
+        from engine.inference.evaluate import evaluate
+        from engine.inference.generate import adapter_tokenizer
 
         ladder = _load(adapter, model, residency)
         tokenizer = adapter_tokenizer(adapter, ladder.backbone)

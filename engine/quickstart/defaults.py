@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib import resources
 from pathlib import Path
 
-from engine.options import TrainOptions
+from engine.training.options import TrainOptions
 
 
 def shipped(name: str) -> str:

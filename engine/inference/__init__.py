@@ -1,0 +1,1 @@
+"""What a trained side network is for: text, conversations, held-out loss."""

@@ -1,0 +1,131 @@
+"""Backbone and side network as one module, without what makes a transformers causal language model of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from engine.backbone import Backbone
+from engine.config import LadderConfig
+from engine.model.rows import Rows, enter
+from engine.model.side_network import SideNetwork
+from engine.sequence import SequenceLayout
+from ladder_kernels import Workspace, decode_head, linear_cross_entropy
+
+
+class FrozenHead(nn.Module):
+    """The backbone's output matrix, dense or packed, as a module without parameters: logits = hidden @ weight^T."""
+
+    bias = None
+
+    def __init__(self, backbone: Backbone) -> None:
+        super().__init__()
+        self._backbone = backbone
+
+    @property
+    def weight(self) -> Tensor:
+        """[V, D] in the compute dtype; of a packed head a decoded copy."""
+        return decode_head(self._backbone.head_weight, self._backbone.dtype)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """hidden [..., D] -> logits [..., V]."""
+        return self._backbone.logits(hidden)
+
+
+class _Shared:
+    """Keeps the backbone and scratch memory out of the module tree and out of copies."""
+
+    def __init__(self, backbone: Backbone) -> None:
+        self.backbone = backbone
+        self.workspace = Workspace()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
+        return self
+
+
+class LadderModel(nn.Module):
+    """Backbone and side network without the head: the base model in transformers' sense."""
+
+    def __init__(self, backbone: Backbone, config: LadderConfig) -> None:
+        super().__init__()
+        self._shared = _Shared(backbone)
+        self.side_network = SideNetwork(config, backbone.config).to(backbone.device)
+
+    @property
+    def backbone(self) -> Backbone:
+        return self._shared.backbone
+
+    def run(self, rows: Rows, cache: DynamicCache | None = None) -> tuple[Tensor, Tensor]:
+        """h_L [N, D] and side state [N, S] of all rows; the cache is extended in place."""
+        return self._run(rows.input_ids, rows.layout, [rows.layout], cache)[0]
+
+    def run_together(self, batches: Sequence[Rows]) -> list[tuple[Tensor, Tensor]]:
+        """`run` of several batches in one pass of the backbone, which decodes and streams every weight once.
+
+        The side network runs for each by itself, so that a later backward frees the memory of one after the other.
+        """
+        layouts = [rows.layout for rows in batches]
+        input_ids = torch.cat([rows.input_ids for rows in batches])
+        return self._run(input_ids, SequenceLayout.joined(layouts), layouts)
+
+    def _run(
+        self,
+        input_ids: Tensor,
+        layout: SequenceLayout,
+        layouts: Sequence[SequenceLayout],
+        cache: DynamicCache | None = None,
+    ) -> list[tuple[Tensor, Tensor]]:
+        backbone = self.backbone
+        # Both networks fix their own dtypes; autocast would round the side network's a second time.
+        with torch.autocast(backbone.device.type, enabled=False):
+            stream = backbone.hidden_states(input_ids, layout, cache)
+            return self.side_network.follow(stream, layouts, cache, backbone.config.num_layers)
+
+    def combined(self, hidden: Tensor, state: Tensor, chosen: Tensor | None = None) -> Tensor:
+        """What the frozen head multiplies, [R, D]: final_norm(combine(h_L, s)) of the chosen rows, None for all."""
+        if chosen is not None:
+            hidden, state = hidden.index_select(0, chosen), state.index_select(0, chosen)
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.backbone.final_norm(self.side_network.combine(hidden, state))
+
+    def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
+        """Summed cross entropy of rows [R, D] from `combined` and token ids [R], -100 counting nothing."""
+        shared = self._shared
+        return linear_cross_entropy(hidden, shared.backbone.head_weight, targets, workspace=shared.workspace)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: DynamicCache | None = None,
+        use_cache: bool | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        **unsupported: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states [B, T, D] after the final norm, zero on padding. Arguments as of `LadderForCausalLM`."""
+        refuse_unsupported(unsupported)
+        rows, cache = enter(input_ids, attention_mask, position_ids, cu_seq_lens_q, past_key_values, use_cache)
+        hidden = self.combined(*self.run(rows, cache))
+        return BaseModelOutputWithPast(last_hidden_state=rows.padded(hidden), past_key_values=cache)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LadderModel:
+        super()._apply(fn, recurse)
+        # What fn does to an integer tensor is its device move without its dtype cast.
+        device = fn(torch.empty(0, dtype=torch.uint8, device=self.backbone.device)).device
+        if device != self.backbone.device:
+            self.backbone.to(device)
+        return self
+
+
+def refuse_unsupported(unsupported: dict[str, Any]) -> None:
+    """Refuse inputs that would be ignored, unless they ask for nothing, as the collator's record numbers do."""
+    asked = {name: value for name, value in unsupported.items() if name != "sample_ids"}
+    names = [name for name, value in asked.items() if value is not None and value is not False]
+    if names:
+        raise TypeError(f"LadderForCausalLM does not take {names}; see its forward() for what it takes")
