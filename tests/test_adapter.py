@@ -52,9 +52,11 @@ def test_the_recorded_backbone_is_loaded_the_way_it_was(tmp_path: Path, options:
     assert torch.equal(loaded(IDS).logits, model(IDS).logits)
 
 
-def test_same_logits_in_a_new_process(folder: Path, tmp_path: Path) -> None:
+def test_same_logits_in_a_new_process_without_a_network(folder: Path, tmp_path: Path) -> None:
     script = (
-        "import sys, torch\n"
+        "import socket, sys\n"
+        "socket.socket.connect = socket.getaddrinfo = None\n"
+        "import torch\n"
         "from engine.model.causal_lm import LadderForCausalLM\n"
         "model = LadderForCausalLM.from_pretrained(sys.argv[1])\n"
         "torch.save(model(torch.tensor(eval(sys.argv[2]))).logits, sys.argv[3])\n"
