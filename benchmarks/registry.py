@@ -21,6 +21,7 @@ ENTRY_MODULES = (
     "benchmarks.side_layer",
     "benchmarks.backbone_pass",
     "benchmarks.train_step",
+    "benchmarks.sweep",
     "benchmarks.memory_limit",
     "benchmarks.generate",
 )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 from unittest.mock import patch
 
@@ -19,7 +19,7 @@ from engine.backbone.loader import assemble_block
 from engine.backbone.residency import Layers
 from engine.config import LadderConfig
 from engine.memory.workload import MemoryPolicies
-from engine.model.ladder_model import LadderModel
+from engine.model.ladder_model import LadderModel, run_pass
 from engine.model.rows import Rows
 from engine.model.side_network import SideNetwork
 from engine.model.tap_store import _HostCopy
@@ -36,6 +36,7 @@ def track_ladder(
     batch: int = 1,
     policies: MemoryPolicies | None = None,
     group: int = 1,
+    beside: Sequence[LadderConfig] = (),
 ) -> StorageTracker:
     """A tracked optimizer step whose every token is supervised, moments and scratch being there from a step before.
 
@@ -44,6 +45,7 @@ def track_ladder(
         tokens: of each of the `batch` documents.
         policies: None for the defaults; the optimizer is the default one.
         group: micro-batches of `batch` documents that pass the backbone together.
+        beside: further side networks that train on the same passes, in a sweep.
     """
     policies = policies or MemoryPolicies()
     tracker, fake = StorageTracker(), FakeTensorMode(allow_non_fake_inputs=True)
@@ -53,13 +55,15 @@ def track_ladder(
     backbone = Backbone(shape, hf_config, *tensors)  # reads its rotary frequencies, which have to be real
     with tracked(tracker, fake):
         with tracker.making("side parameters"), patch.object(SideNetwork, "to", lambda module, device: module):
-            model = LadderModel(backbone, config)
-        model.side_network.tap_policy = policies.taps
-        _observe(model, tracker)
+            models = [LadderModel(backbone, one) for one in (config, *beside)]
+        for model in models:
+            model.side_network.tap_policy = policies.taps
+            model.share(models[0])
+        _observe(models[0], tracker)
         rows = Rows(torch.empty(batch * tokens, dtype=torch.int64), _layout(tokens, batch), (batch, tokens))
-        optimizer = optimizer_with_moments(model, tracker)
+        optimizers = [optimizer_with_moments(model, tracker) for model in models]
         with patch.object(_HostCopy, "__init__", tracker.makes(HOST, _HostCopy.__init__)):
-            _step(model, [rows] * group, optimizer, tracker)
+            _step(models, [rows] * group, optimizers, tracker)
     return tracker
 
 
@@ -163,11 +167,13 @@ def _observe(model: LadderModel, tracker: StorageTracker) -> None:
         workspace.take = tracker.makes("scratch", workspace.take)  # type: ignore[method-assign]
 
 
-def _step(model: LadderModel, group: list[Rows], optimizer: torch.optim.Optimizer, tracker: StorageTracker) -> None:
-    """What `LadderForCausalLM.forward` and a trainer do."""
-    count, width = len(group[0].input_ids), model.backbone.config.hidden_size
+def _step(
+    models: list[LadderModel], group: list[Rows], optimizers: list[torch.optim.AdamW], tracker: StorageTracker
+) -> None:
+    """What `LadderForCausalLM.forward` and a trainer do; of several, one after the other behind the pass."""
+    count, width = len(group[0].input_ids), models[0].backbone.config.hidden_size
     targets, chosen = torch.empty(count, dtype=torch.int64), torch.empty(count, dtype=torch.int64)
-    model.loss(torch.empty(count, width, dtype=torch.bfloat16), targets)  # its scratch, as the last step left it
+    models[0].loss(torch.empty(count, width, dtype=torch.bfloat16), targets)  # its scratch, as the last step left it
 
     def kept(tensor: Tensor) -> Tensor:
         part = "taps" if tensor.shape[-1:] == (width,) else "side states"
@@ -175,14 +181,17 @@ def _step(model: LadderModel, group: list[Rows], optimizer: torch.optim.Optimize
         return tensor
 
     with tracker.phase("side forward"), torch.autograd.graph.saved_tensors_hooks(kept, lambda tensor: tensor):
-        passed = model.run_together(group)
-    while passed:
-        with tracker.phase("loss"):
-            combined = model.combined(*passed.pop(0), chosen)
-            loss = model.loss(combined, targets) / count
-            del combined
-        with tracker.phase("backward"):
-            loss.backward()
-    with tracker.phase("optimizer"):
-        optimizer.step()
-        optimizer.zero_grad()
+        asked = [model.asks(group) for model in models]
+        passed = run_pass(models[0].backbone, asked)
+    for model, optimizer in zip(models, optimizers, strict=True):
+        of_model = passed.pop(0)
+        while of_model:
+            with tracker.phase("loss"):
+                combined = model.combined(*of_model.pop(0), chosen)
+                loss = model.loss(combined, targets) / count
+                del combined
+            with tracker.phase("backward"):
+                loss.backward()
+        with tracker.phase("optimizer"):
+            optimizer.step()
+            optimizer.zero_grad()

@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 from engine import LadderForCausalLM
 from engine.cli import app
 from engine.quickstart import defaults
-from engine.training.finetune import _arguments, check_output
+from engine.training.finetune import check_output, training_arguments
 from engine.training.options import TrainOptions, read_options_file, with_values
 from engine.training.summary import PeakMemory, StepClock
 
@@ -147,7 +147,7 @@ def test_leaner_policies(quickstart: None, tmp_path: Path) -> None:
     assert "taps as int8; head int8; embedding on the host; adamw" in result.output
     assert re.search(r"Packed        24 samples in \d rows of .* full", result.output)
     assert LadderForCausalLM.from_pretrained(folder).backbone.head_dtype == "int8"
-    arguments = _arguments(TrainOptions(optimizer="adamw_8bit", taps="none"), "cpu")
+    arguments = training_arguments(TrainOptions(optimizer="adamw_8bit", taps="none"))
     assert (arguments.optim, arguments.taps) == ("adamw_torch_8bit", "none")
 
 
@@ -168,6 +168,60 @@ def test_same_seed_gives_the_same_summary_and_another_seed_another(quickstart: N
         ladder("train", "--steps", 2, "--output", tmp_path / str(number), "--seed", seed)
         losses.append(json.loads((tmp_path / str(number) / "summary.json").read_text())["heldout_loss_after"])
     assert losses[0] == losses[1] != losses[2]
+
+
+def test_a_sweep(quickstart: None, tmp_path: Path) -> None:
+    """Every combination has an adapter; what is finished or unfinished is kept unless asked; one pass for all."""
+    output = tmp_path / "sweep"
+    common = ("--steps", 4, "--output", output, "--save-steps", 2, "--gradient-accumulation", 1)
+    vary = ("--vary", "learning-rate=1e-3,3e-3", "--vary", "preset=ladder,xladder")
+    done = ladder("sweep", *common, *vary)
+    assert done.exit_code == 0, done.output
+    result = json.loads((output / "sweep.json").read_text())
+    names = [
+        f"{n}-learning_rate={lr},preset={preset}"
+        for n, (lr, preset) in enumerate((lr, preset) for lr in (0.001, 0.003) for preset in ("ladder", "xladder"))
+    ]
+    assert [row["name"] for row in result["members"]] == names and result["best"] in names
+    assert f"Best          {result['best']}" in done.output and "Memory plan of 4 side networks" in done.output
+    told = ladder("generate", "--adapter", output / result["best"], "--prompt", "def f(", "--max-new-tokens", 3)
+    assert told.exit_code == 0, told.output
+    assert "holds a finished sweep (sweep.json)" in failure("sweep", *common, *vary)
+    (output / "sweep.json").unlink()
+    for name in names[1:]:
+        (output / name / "member.json").unlink()
+    assert "holds a sweep that did not end" in failure("sweep", *common, *vary)
+    resumed = ladder("sweep", *common, *vary, "--resume")
+    assert resumed.exit_code == 0, resumed.output
+    assert json.loads((output / "sweep.json").read_text())["best"] == result["best"]
+    members = tmp_path / "members.yaml"
+    members.write_text("- name: small\n  reduction_factor: 4\n- seed: 3\n")
+    listed = ladder("sweep", *common, "--members", members, "--overwrite")
+    assert listed.exit_code == 0 and (output / "small" / "ladder.safetensors").exists(), listed.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "a sweep needs --vary NAME=VALUE,VALUE"),
+        (("--vary", "seed"), "--vary seed: expected NAME=VALUE,VALUE"),
+        (("--vary", "seed=1,,2"), "--vary seed=1,,2: expected"),
+        (("--vary", "seed=1", "--vary", "seed=2"), "--vary seed is given twice"),
+        (("--vary", "batch_size=1,2"), "'batch_size' unknown; members may differ in preset, reduction_factor"),
+        (("--vary", "learning_rate=-1"), "learning_rate must be a finite number of at least 0, got -1"),
+        (("--members", "no.yaml"), "no.yaml: cannot be read"),
+        (("--members", "bad.yaml"), "bad.yaml: is not valid YAML"),
+        (("--members", "text.yaml"), "expected a list of one mapping per side network"),
+        (("--members", "text.yaml", "--vary", "seed=1"), "give one of them"),
+    ],
+)
+def test_sweep_faults(
+    quickstart: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("bad.yaml").write_text("[")
+    Path("text.yaml").write_text("hello")
+    assert message in failure("sweep", *arguments)
 
 
 def test_own_data_config_file_generate_and_info(checkpoint: Path, data: Path, tmp_path: Path) -> None:

@@ -83,6 +83,29 @@ def test_the_plan_is_what_the_tracker_counts(
     assert kept_on_host == pytest.approx(max(peak.host_bytes for peak in tracker.peaks.values()), rel=0.05)
 
 
+@pytest.mark.parametrize(
+    ("group", "policies"), [(1, MemoryPolicies()), (3, STREAMED), (1, MemoryPolicies(taps="none"))]
+)
+def test_the_plan_of_a_sweep_is_what_the_tracker_counts(group: int, policies: MemoryPolicies) -> None:
+    """Of networks of three kinds and widths on the same passes: taps once, the rest for each; within 5 %."""
+    configs = [
+        LadderConfig.preset(preset, reduction_factor=r) for preset, r in [("xladder", 4), ("ladder", 2), ("qst", 8)]
+    ]
+    tracker = track_ladder(QWEN.config(), configs[0], 1024, 1, policies, group, configs[1:])
+    work, shape = Workload(1024, 1, accumulation=group, group=group), backbone_config(QWEN.config())
+    plan = plan_memory(shape, configs[0], work, policies, configs[1:])
+    assert plan.peak_bytes == pytest.approx(tracker.peak.device_bytes, rel=0.05)
+    for phase in ("backbone pass", "side forward", "loss", "backward", "optimizer"):
+        assert plan.phase_bytes(phase) == pytest.approx(tracker.peaks[phase].device_bytes, rel=0.05), phase
+        for part in ("side parameters", "moments", "head"):
+            assert plan.phases[phase][part] == pytest.approx(tracker.peaks[phase].parts[part], rel=1e-3), part
+    assert plan.phases["loss"].get("taps", 0) == tracker.peaks["loss"].parts.get("taps", 0)
+    same = plan_memory(shape, configs[1], work, policies, [configs[1]] * 3)
+    alone = plan_memory(shape, configs[1], work, policies)
+    assert same.phases["loss"]["taps"] == alone.phases["loss"]["taps"]
+    assert same.phases["loss"]["side states"] == 4 * alone.phases["loss"]["side states"]
+
+
 def test_the_plan_is_what_a_cpu_measures() -> None:
     """Growth of the resident set in two steps, within 10 %.
 
@@ -286,7 +309,7 @@ def test_ladder_plan_names_a_bad_config(tmp_path: Path) -> None:
 
 def test_training_refuses_to_start_beyond_free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is trained, the numbers and a way out are named, and the override starts all the same."""
-    monkeypatch.setattr("engine.training.trainer.free_bytes", lambda device: 1000)
+    monkeypatch.setattr("engine.training.preflight.free_bytes", lambda device: 1000)
     backbone = load_backbone(tiny_checkpoint(tmp_path, "llama2"), dtype=torch.float32)
     model = LadderForCausalLM.from_backbone(backbone, LadderConfig.preset("ladder", reduction_factor=2))
     options = {"max_steps": 1, "max_length": 32, "use_cpu": True, "save_strategy": "no", "disable_tqdm": True}

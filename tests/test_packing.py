@@ -22,6 +22,7 @@ from engine.data.collator import Collator
 from engine.data.dataset import TokenizedDataset
 from engine.data.packing import PackedDataset, best_fit_decreasing
 from engine.data.records import DataError
+from engine.training.preflight import longest_sample
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -160,7 +161,7 @@ def test_training_on_packed_rows(tmp_path: Path) -> None:
     packed = whole.train_dataset
     assert isinstance(packed, PackedDataset) and packed.max_length == 64
     assert len(packed) == math.ceil(packed.num_tokens / 64) == len(whole.get_train_dataloader()) * 2 - len(packed) % 2
-    assert whole._longest_sample() == packed.longest
+    assert longest_sample(whole) == packed.longest
     whole.train()
     resumed = trainer()
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-5"))

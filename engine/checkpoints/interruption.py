@@ -30,6 +30,8 @@ class Interruption(TrainerCallback):
 
     Attributes:
         evaluation_due: the evaluation of the last step was cut off, or left out.
+        leader: in a sweep, whose signals this training acts on, once all of its trainings stand still (`agree`), so
+            that they stop at the same step.
     """
 
     def __init__(self, trainer: Any) -> None:
@@ -38,12 +40,23 @@ class Interruption(TrainerCallback):
         self._agreed: signal.Signals | None = None  # between all processes, which may have received none
         self._handlers: dict[signal.Signals, Any] = {}
         self.evaluation_due = False
+        self.leader: Interruption | None = None
 
     @property
     def exit_status(self) -> int | None:
         """128 + the signal, once there was one in this context."""
+        if self.leader is not None:
+            return self.leader.exit_status
         number = self._received if self._agreed is None else self._agreed
         return None if number is None else 128 + number
+
+    def agree(self) -> None:
+        """Let those who follow act on what was received."""
+        self._agreed = self._received
+
+    @property
+    def _acted_on(self) -> signal.Signals | None:
+        return self._received if self.leader is None else self.leader._agreed
 
     def __enter__(self) -> Interruption:
         self._received = self._agreed = None
@@ -95,7 +108,7 @@ class Interruption(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """Leave an evaluation, unless other processes would wait for this one's part of it."""
-        if self._received is not None and self._trainer.is_in_train and args.world_size == 1:
+        if self._acted_on is not None and self._trainer.is_in_train and args.world_size == 1:
             self.evaluation_due = state.global_step > 0
             raise EvaluationInterrupted
         return control
@@ -103,7 +116,7 @@ class Interruption(TrainerCallback):
     def _any_received(self) -> bool:
         trainer = self._trainer
         if trainer.args.world_size == 1:
-            return self._received is not None
+            return self._acted_on is not None
         mine = torch.tensor(int(self._received or 0), device=trainer.args.device)
         number = int(trainer.accelerator.gather(mine.reshape(1)).max())
         if number:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import platform
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,6 +63,40 @@ def train(
         from engine.training.finetune import finetune
 
         finetune(options, typer.echo)
+
+
+def sweep(
+    vary: Annotated[
+        list[str] | None, typer.Option(help="NAME=VALUE,VALUE: of several, every combination is a member.")
+    ] = None,
+    members: Annotated[
+        Path | None, typer.Option(help="YAML or JSON file instead: a list of what each member has different.")
+    ] = None,
+    **options: Any,
+) -> None:
+    """Train several side networks on the same batches from one backbone pass, and compare them.
+
+    Takes the options of `train`, and what differs between members, such as --vary learning_rate=1e-3,3e-3 --vary
+    preset=ladder,xladder.
+    """
+    config = options.pop("config")
+    with errors():
+        from engine.training.finetune_sweep import finetune_sweep, sweep_of
+
+        different = sweep_of(vary or [], members)
+        finetune_sweep(_train_options(options, config), different, typer.echo)
+
+
+def _with_options_of(command: Callable[..., None], other: Callable[..., None]) -> Callable[..., None]:
+    """`command` with the options of `other` in the place of its **options."""
+    own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.kind != p.VAR_KEYWORD]
+    parameters = [*own, *inspect.signature(other, eval_str=True).parameters.values()]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
+
+
+app.command()(_with_options_of(sweep, train))
 
 
 def _train_options(given: dict[str, Any], config: Path | None) -> Any:

@@ -10,7 +10,7 @@ in the code that trains, and the tests hold the plan to within 5 % of that. GB i
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
@@ -28,6 +28,7 @@ from engine.memory.sizes import (
     side_parameters,
     staged_layer_bytes,
 )
+from engine.memory.turns import joined_phases
 from engine.memory.workload import MemoryPolicies, Workload
 from engine.model.side_network import SideNetwork
 from ladder_kernels import frozen_norm, native
@@ -88,7 +89,11 @@ class MemoryPlan:
 
 
 def plan_memory(
-    backbone: BackboneConfig, config: LadderConfig, work: Workload, policies: MemoryPolicies | None = None
+    backbone: BackboneConfig,
+    config: LadderConfig,
+    work: Workload,
+    policies: MemoryPolicies | None = None,
+    beside: Sequence[LadderConfig] = (),
 ) -> MemoryPlan:
     """The memory of a training step, by phase and part.
 
@@ -97,15 +102,18 @@ def plan_memory(
         config: of the side network.
         work: tokens, and where they are trained on.
         policies: None for the defaults.
+        beside: configurations of further side networks that train on the same passes, in a sweep.
 
     Raises:
-        ValueError: the configuration does not fit the backbone's number of blocks.
+        ValueError: a configuration does not fit the backbone's number of blocks.
     """
-    return _Parts(backbone, config, work, policies or MemoryPolicies()).plan()
+    networks = [StepParts(backbone, one, work, policies or MemoryPolicies()) for one in (config, *beside)]
+    plan = networks[0].plan()
+    return replace(plan, phases=joined_phases(networks)) if beside else plan
 
 
 @dataclass(frozen=True)
-class _Parts:
+class StepParts:
     """Bytes of every part of one step; T rows, backbone width D, side width S, `itemsize` bytes a number."""
 
     backbone: BackboneConfig
@@ -114,29 +122,43 @@ class _Parts:
     policies: MemoryPolicies
 
     def plan(self) -> MemoryPlan:
-        weights = self.weights()
-        held = weights | {"side parameters": 4 * self.parameters, "moments": self.moments(), "scratch": self.scratch()}
-        gradients, work = {"gradients": 4 * self.trained}, self.work
-        # A group that is a whole step starts without gradients; its second loss finds those of the first.
-        during = held | (gradients if work.accumulation > work.group else {})
-        taps, states = self.taps(self.num_taps), self.states()
+        weights, held, during = self.weights(), self.held(), self.during_passes()
+        states = self.states()
         # While the last block computes, its own output is not kept yet, nor is anything of the layers above.
         last = self.taps(self.num_taps - 1)
         below = states * (len(self._side_network.taps) - 1) // self._side_network.num_side_layers
-        loss, loss_backward = self.loss()
-        kept = during | {"taps": taps, "side states": states}
-        losses = kept | (gradients if work.accumulation > 1 else {})
         phases = {
             "load": weights | {"activations": self.loading()},
             "backbone pass": during | {"taps": last, "side states": below, "activations": self.block()},
-            "side forward": kept | {"activations": self.last_hidden() + self.side_forward()},
-            "loss": losses | {"activations": self.last_hidden() + loss},
-            "backward": self.backward(held | gradients, losses, loss_backward),
-            "optimizer": held | gradients,
+            "side forward": self.passed() | {"activations": self.last_hidden() + self.side_forward()},
+            "loss": self.at_loss() | {"activations": self.last_hidden() + self.loss()[0]},
+            "backward": max(self.backward(), key=lambda parts: sum(parts.values())),
+            "optimizer": held | self.gradients(),
         }
-        if work.eval_batch:
+        if self.work.eval_batch:
             phases["evaluation"] = self.evaluation(weights)
         return MemoryPlan(phases, self.host(), self.policies)
+
+    def held(self) -> dict[str, int]:
+        """What is there all the time."""
+        own = {"side parameters": 4 * self.parameters, "moments": self.moments()}
+        return self.weights() | own | {"scratch": self.scratch()}
+
+    def gradients(self) -> dict[str, int]:
+        """Of every trained parameter."""
+        return {"gradients": 4 * self.trained}
+
+    def during_passes(self) -> dict[str, int]:
+        """Held while the backbone runs. A group that is a whole step starts without gradients."""
+        return self.held() | (self.gradients() if self.work.accumulation > self.work.group else {})
+
+    def passed(self) -> dict[str, int]:
+        """Held when a pass is done."""
+        return self.during_passes() | {"taps": self.taps(self.num_taps), "side states": self.states()}
+
+    def at_loss(self) -> dict[str, int]:
+        """The same, and for the second loss of a group the gradients of the first."""
+        return self.passed() | (self.gradients() if self.work.accumulation > 1 else {})
 
     @cached_property
     def dims(self) -> SideDims:
@@ -163,6 +185,13 @@ class _Parts:
     def num_taps(self) -> int:
         """Hidden states that are tapped, the embeddings included."""
         return len(self._side_network.taps) + self.config.tap_embeddings
+
+    @property
+    def kept_taps(self) -> frozenset[int]:
+        """Numbers of the backbone's hidden states that are kept for a gradient."""
+        if self.config.tap_down in ("avg_pool", "max_pool"):
+            return frozenset()
+        return frozenset(self._side_network.side_layer_of) | ({0} if self.config.tap_embeddings else set())
 
     @cached_property
     def layer_bytes(self) -> int:
@@ -330,14 +359,14 @@ class _Parts:
         mixed = row_bytes if self.config.output == "mix" else 0
         return 3 * row_bytes + forward * in_slice + mixed, 3 * row_bytes + backward * in_slice + mixed
 
-    def backward(self, at_end: Bytes, kept: Bytes, loss_backward: int) -> Bytes:
-        """The worse of its two ends: nothing is freed yet, or every gradient is there."""
-        layers = self._side_network.num_side_layers
+    def backward(self) -> tuple[Bytes, Bytes]:
+        """Its two ends: nothing is freed yet, or every gradient is there."""
+        layers, loss_backward = self._side_network.num_side_layers, self.loss()[1]
         if self.work.group > 1:  # the last micro-batches are kept in full while the first ones are done
             loss_backward = self.last_hidden() + max(loss_backward, self.side_backward())
-        first = kept | {"activations": loss_backward}
+        first = self.at_loss() | {"activations": loss_backward}
         last = {"taps": self.taps(1), "side states": self.states() // layers, "activations": self.side_backward()}
-        return max(first, dict(at_end) | last, key=lambda parts: sum(parts.values()))
+        return first, self.held() | self.gradients() | last
 
     def evaluation(self, weights: Bytes) -> Bytes:
         """A pass that keeps nothing for a backward: the worst of its stages."""

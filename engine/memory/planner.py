@@ -63,15 +63,17 @@ class Planner:
         backbone: shapes of the backbone.
         config: of the side network.
         card: whose times decide between policies that fit.
+        beside: configurations of further side networks that train on the same passes, in a sweep.
     """
 
     backbone: BackboneConfig
     config: LadderConfig
     card: Card = CARDS[0]
+    beside: tuple[LadderConfig, ...] = ()
 
     def plan(self, work: Workload, policies: MemoryPolicies) -> MemoryPlan:
         """The memory of that work under those policies."""
-        return plan_memory(self.backbone, self.config, work, policies)
+        return plan_memory(self.backbone, self.config, work, policies, self.beside)
 
     def seconds(self, work: Workload, plan: MemoryPlan) -> float:
         """The bound on a step's time on the card, to two digits: a smaller gain is no reason for a worse policy."""
@@ -152,6 +154,10 @@ class Planner:
         if work.tokens > 1:
             choices.append(("half the tokens", replace(work, tokens=work.tokens // 2), policies))
         planned = [(text, self.plan(changed, kept).peak_bytes) for text, changed, kept in choices]
+        if self.beside:
+            fewer = replace(self, beside=self.beside[: len(self.beside) // 2])
+            networks = f"{1 + len(fewer.beside)} of the sweep's {1 + len(self.beside)} networks"
+            planned.insert(0, (networks, fewer.plan(work, policies).peak_bytes))
         fitting = [choice for choice in planned if choice[1] <= budget]
         chosen = fitting or sorted(planned, key=lambda choice: choice[1])
         return [f"{text}: {peak / GB:.2f} GB" for text, peak in chosen[:3]]

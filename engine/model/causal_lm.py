@@ -92,6 +92,12 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
         config = config or LadderConfig()
         return cls(model_config(backbone, config), backbone, config)
 
+    def beside(self, config: LadderConfig) -> LadderForCausalLM:
+        """Another, new side network on this model's backbone; the two share scratch memory, so they take turns."""
+        other = type(self).from_backbone(self.backbone, config)
+        other.model.share(self.model)
+        return other
+
     @classmethod
     def from_pretrained(  # type: ignore[override]
         cls,

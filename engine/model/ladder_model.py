@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,7 +14,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from engine.backbone import Backbone
 from engine.config import LadderConfig
 from engine.model.rows import Rows, enter
-from engine.model.side_network import SideNetwork
+from engine.model.side_network import SideNetwork, follow
 from engine.sequence import SequenceLayout
 from ladder_kernels import Workspace, decode_head, linear_cross_entropy
 
@@ -37,12 +38,64 @@ class FrozenHead(nn.Module):
         return self._backbone.logits(hidden)
 
 
+Passed = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class BackbonePass:
+    """What a side network asks of its backbone: one pass over the rows of some batches, and to follow it.
+
+    Attributes:
+        network: what follows.
+        input_ids: int64 [T], the rows of all batches.
+        layout: of all of them.
+        layouts: of each batch.
+        cache: of earlier columns, while decoding.
+        grad: whether a backward will follow.
+    """
+
+    network: SideNetwork
+    input_ids: Tensor
+    layout: SequenceLayout
+    layouts: Sequence[SequenceLayout]
+    cache: DynamicCache | None
+    grad: bool
+
+    def same_rows(self, other: BackbonePass) -> bool:
+        """Whether one pass can serve both: the same tokens in the same documents, and the same use of them."""
+        return (
+            self.grad == other.grad
+            and [layout.lengths for layout in self.layouts] == [layout.lengths for layout in other.layouts]
+            and torch.equal(self.input_ids, other.input_ids)
+            and torch.equal(self.layout.positions, other.layout.positions)
+        )
+
+
+def run_pass(backbone: Backbone, asked: Sequence[BackbonePass]) -> list[list[Passed]]:
+    """One pass of the backbone for all that ask for the same rows.
+
+    Returns:
+        for each that asks, h_L [N, D] and side state [N, S] of each of its batches.
+    """
+    first = asked[0]
+    # Both networks fix their own dtypes; autocast would round the side network's a second time.
+    with torch.autocast(backbone.device.type, enabled=False), torch.set_grad_enabled(first.grad):
+        stream = backbone.hidden_states(first.input_ids, first.layout, first.cache)
+        networks = [one.network for one in asked]
+        return follow(networks, stream, first.layouts, first.cache, backbone.config.num_layers)
+
+
 class _Shared:
-    """Keeps the backbone and scratch memory out of the module tree and out of copies."""
+    """Keeps the backbone and scratch memory out of the module tree and out of copies.
+
+    Attributes:
+        meet: where several models train in lockstep, what answers a pass once all have asked for theirs.
+    """
 
     def __init__(self, backbone: Backbone) -> None:
         self.backbone = backbone
         self.workspace = Workspace()
+        self.meet: Callable[[BackbonePass], list[Passed]] | None = None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Shared:
         return self
@@ -60,31 +113,36 @@ class LadderModel(nn.Module):
     def backbone(self) -> Backbone:
         return self._shared.backbone
 
-    def run(self, rows: Rows, cache: DynamicCache | None = None) -> tuple[Tensor, Tensor]:
+    def run(self, rows: Rows, cache: DynamicCache | None = None) -> Passed:
         """h_L [N, D] and side state [N, S] of all rows; the cache is extended in place."""
-        return self._run(rows.input_ids, rows.layout, [rows.layout], cache)[0]
+        return self._answered(self.asks([rows], cache))[0]
 
-    def run_together(self, batches: Sequence[Rows]) -> list[tuple[Tensor, Tensor]]:
+    def run_together(self, batches: Sequence[Rows]) -> list[Passed]:
         """`run` of several batches in one pass of the backbone, which decodes and streams every weight once.
 
         The side network runs for each by itself, so that a later backward frees the memory of one after the other.
         """
-        layouts = [rows.layout for rows in batches]
-        input_ids = torch.cat([rows.input_ids for rows in batches])
-        return self._run(input_ids, SequenceLayout.joined(layouts), layouts)
+        return self._answered(self.asks(batches))
 
-    def _run(
-        self,
-        input_ids: Tensor,
-        layout: SequenceLayout,
-        layouts: Sequence[SequenceLayout],
-        cache: DynamicCache | None = None,
-    ) -> list[tuple[Tensor, Tensor]]:
-        backbone = self.backbone
-        # Both networks fix their own dtypes; autocast would round the side network's a second time.
-        with torch.autocast(backbone.device.type, enabled=False):
-            stream = backbone.hidden_states(input_ids, layout, cache)
-            return self.side_network.follow(stream, layouts, cache, backbone.config.num_layers)
+    def asks(self, batches: Sequence[Rows], cache: DynamicCache | None = None) -> BackbonePass:
+        """The pass that `run` or `run_together` of these batches takes; with a cache, of one batch."""
+        layouts = [rows.layout for rows in batches]
+        input_ids, layout = batches[0].input_ids, layouts[0]
+        if len(batches) > 1:
+            input_ids, layout = torch.cat([rows.input_ids for rows in batches]), SequenceLayout.joined(layouts)
+        return BackbonePass(self.side_network, input_ids, layout, layouts, cache, torch.is_grad_enabled())
+
+    def _answered(self, asked: BackbonePass) -> list[Passed]:
+        meet = self._shared.meet
+        return run_pass(self.backbone, [asked])[0] if meet is None or asked.cache is not None else meet(asked)
+
+    def share(self, other: LadderModel) -> None:
+        """Use the backbone, the scratch memory and the passes of another model."""
+        self._shared = other._shared
+
+    def meet_at(self, meet: Callable[[BackbonePass], list[Passed]] | None) -> None:
+        """Let passes of this model, and of all that share its backbone, be answered by `meet`; None: one by one."""
+        self._shared.meet = meet
 
     def combined(self, hidden: Tensor, state: Tensor, chosen: Tensor | None = None) -> Tensor:
         """What the frozen head multiplies, [R, D]: final_norm(combine(h_L, s)) of the chosen rows, None for all."""

@@ -13,6 +13,7 @@ Sources: arXiv 2512.14237 (Ladder, xLadder), arXiv 2206.06522 (LST), arXiv 2401.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -226,38 +227,6 @@ class SideNetwork(nn.Module):
                 values = torch.randn(parameter.shape, generator=generator)
                 parameter.copy_(values * (scale * parameter.shape[-1] ** -0.5))
 
-    def follow(
-        self,
-        hidden_stream: Iterator[tuple[int, Tensor]],
-        layouts: Sequence[SequenceLayout],
-        cache: DynamicCache | None = None,
-        first_cache_layer: int = 0,
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Follow the backbone's hidden states, once for each of several batches whose rows lie one after the other.
-
-        The stream is consumed as it is produced and no state is held longer than its own turn, beyond what a tap's
-        backward needs.
-
-        Args:
-            hidden_stream: (i, h_i [T, D]) for i = 0..L in order, without gradient.
-            layouts: documents and positions of each batch's rows, T in all.
-            cache: keys and values of earlier columns while decoding.
-            first_cache_layer: cache index of side layer 0.
-
-        Returns:
-            h_L [N, D] and s [N, S] of each batch.
-        """
-        climbs = [_Climb(self, layout, cache, first_cache_layer) for layout in layouts]
-        sizes = [sum(layout.lengths) for layout in layouts]
-        for index, hidden in hidden_stream:
-            parts = hidden.split(sizes)
-            for climb, part in zip(climbs, parts, strict=True):
-                climb.meet(index, part)
-            if index < self.num_layers:
-                # The loop's variables would keep this state alive while the backbone computes the next one.
-                del hidden, parts, part
-        return [(part, climb.finish()) for part, climb in zip(parts, climbs, strict=True)]
-
     def forward(
         self,
         hidden_stream: Iterator[tuple[int, Tensor]],
@@ -265,8 +234,8 @@ class SideNetwork(nn.Module):
         cache: DynamicCache | None = None,
         first_cache_layer: int = 0,
     ) -> tuple[Tensor, Tensor]:
-        """`follow` of one batch: h_L [T, D] and s [T, S]."""
-        return self.follow(hidden_stream, [layout], cache, first_cache_layer)[0]
+        """`follow` of one network and one batch: h_L [T, D] and s [T, S]."""
+        return follow([self], hidden_stream, [layout], cache, first_cache_layer)[0][0]
 
     def combine(self, hidden: Tensor, state: Tensor) -> Tensor:
         """y [R, D] from last hidden states [R, D] and side states [R, S] of the same rows.
@@ -290,11 +259,58 @@ class SideNetwork(nn.Module):
         return rotary_table(layout.positions, frequencies, state.dtype)
 
 
+def follow(
+    networks: Sequence[SideNetwork],
+    hidden_stream: Iterator[tuple[int, Tensor]],
+    layouts: Sequence[SequenceLayout],
+    cache: DynamicCache | None = None,
+    first_cache_layer: int = 0,
+) -> list[list[tuple[Tensor, Tensor]]]:
+    """Follow the backbone's hidden states with each of several side networks, once for each of several batches whose
+    rows lie one after the other.
+
+    The stream is consumed as it is produced and no state is held longer than its own turn, beyond what the taps'
+    backwards need; of that one copy serves all networks, but for the policy "int8".
+
+    Args:
+        networks: beside the same backbone.
+        hidden_stream: (i, h_i [T, D]) for i = 0..L in order, without gradient.
+        layouts: documents and positions of each batch's rows, T in all.
+        cache: keys and values of earlier columns while decoding, of one network.
+        first_cache_layer: cache index of side layer 0.
+
+    Returns:
+        for each network, h_L [N, D] and s [N, S] of each batch.
+    """
+    keepers = {policy: [TapKeeper(policy) for _ in layouts] for policy in {one.tap_policy for one in networks}}
+    climbs = [
+        [
+            _Climb(network, layout, keeper, cache, first_cache_layer)
+            for layout, keeper in zip(layouts, keepers[network.tap_policy], strict=True)
+        ]
+        for network in networks
+    ]
+    sizes = [sum(layout.lengths) for layout in layouts]
+    for index, hidden in hidden_stream:
+        parts = hidden.split(sizes)
+        for climb, part in itertools.chain.from_iterable(zip(of_one, parts, strict=True) for of_one in climbs):
+            climb.meet(index, part)
+        if index < networks[0].num_layers:
+            # The loop's variables would keep this state alive while the backbone computes the next one.
+            del hidden, parts, part
+    return [[(part, climb.finish()) for part, climb in zip(parts, of_one, strict=True)] for of_one in climbs]
+
+
 class _Climb:
     """One pass of a side network over the rows of a batch, from the first tap to the last side layer."""
 
     def __init__(
-        self, network: SideNetwork, layout: SequenceLayout, cache: DynamicCache | None, first_cache_layer: int
+        self,
+        network: SideNetwork,
+        layout: SequenceLayout,
+        keeper: TapKeeper,
+        cache: DynamicCache | None,
+        first_cache_layer: int,
     ) -> None:
         self._network = network
         self._layout = layout
@@ -302,7 +318,7 @@ class _Climb:
         self._first_cache_layer = first_cache_layer
         self._state: Tensor | None = None
         self._tables: tuple[Tensor, Tensor] | None = None
-        self._keeper = TapKeeper(network.tap_policy)
+        self._keeper = keeper
 
     def meet(self, index: int, hidden: Tensor) -> None:
         """Take h_index [T, D], without gradient; nothing of it is held beyond what its tap's backward needs."""

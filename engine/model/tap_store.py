@@ -39,6 +39,8 @@ def check_tap_policy(policy: str) -> None:
 class TapKeeper:
     """The taps of one pass, each keeping what its backward reads where the policy says.
 
+    Side networks that tap the same hidden states share h itself, and its copy on the host; int8 codes each makes anew.
+
     Args:
         policy: see above.
     """
@@ -46,6 +48,7 @@ class TapKeeper:
     def __init__(self, policy: TapPolicy) -> None:
         self._policy = policy
         self._last: weakref.ref[_HostCopy] | None = None  # the graph owns the copies: backward frees each as it passes
+        self._copied: weakref.ref[Tensor] | None = None  # what of
 
     def tap(self, hidden: Tensor, weight: Tensor, state: Tensor | None = None, gate: Tensor | None = None) -> Tensor:
         """`ladder_kernels.tap`."""
@@ -57,12 +60,16 @@ class TapKeeper:
     def _keeping_on_host(self, hidden: Tensor) -> AbstractContextManager[object]:
         """Within it, whatever autograd saves of `hidden` waits in host memory; all else stays where it is."""
         address, shape = hidden.data_ptr(), hidden.shape  # the graph keeps pack, which must not keep hidden
+        known = self._last if self._copied is not None and self._copied() is hidden else None
+        self._copied = weakref.ref(hidden)
 
         def pack(tensor: Tensor) -> Tensor | _HostCopy:
             if tensor.data_ptr() != address or tensor.shape != shape:
                 return tensor
-            copy = _HostCopy(tensor, self._last)
-            self._last = weakref.ref(copy)
+            copy = None if known is None else known()
+            if copy is None:
+                copy = _HostCopy(tensor, self._last)
+                self._last = weakref.ref(copy)
             return copy
 
         def unpack(kept: Tensor | _HostCopy) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ from engine.training.arguments import LadderArguments, optimizer_policy, workloa
 from engine.training.options import OPTIMIZERS, TrainOptions
 from engine.training.preflight import check_free, fit_training, free_bytes, place_backbone, read_shape
 from engine.training.summary import SUMMARY_FILE, PeakMemory, Summary
+from engine.training.sweep_entries import sweep_entries
 from engine.training.trainer import LadderTrainer
 
 HELDOUT_SHARE, MAX_HELDOUT = 0.05, 200
@@ -39,7 +40,9 @@ Echo = Callable[[str], None]
 
 
 @dataclass(frozen=True)
-class _Data:
+class TrainData:
+    """Tokenized data, and what they are in words."""
+
     train: TokenizedDataset
     heldout: TokenizedDataset
     description: str
@@ -58,32 +61,9 @@ def finetune(options: TrainOptions, echo: Echo) -> Summary:
     """
     output = Path(options.output)
     check_output(output, options.overwrite, options.resume)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    # The cheap checks come before the expensive load.
-    config = LadderConfig.preset(options.preset, reduction_factor=options.reduction_factor, seed=options.seed)
-    records = _records(options)
-    source = options.model or defaults.backbone_path()
-    arguments = _arguments(options, device)
-    placement = _plan(options, arguments, source, config, device, echo)
-    memory = PeakMemory(device)
-    model = LadderForCausalLM.from_backbone(source, config, device=device, head_dtype=options.head_dtype, **placement)
-    tokenizer = model.backbone.tokenizer()
-    data = _tokenized(options, records, tokenizer, model)
-    echo(_describe(options, model, data, device))
-    context = model.backbone.config.max_position_embeddings
-    if options.max_length > context:
-        echo(f"Warning: max_length {options.max_length} is beyond the {context} positions the backbone was made for.")
-    echo("First sample, with [[ ]] around what the loss is on:\n" + _indented(show_sample(data.train[0], tokenizer)))
-
-    trainer = LadderTrainer(
-        model,
-        arguments,
-        train_dataset=data.train,
-        eval_dataset=data.heldout,
-        processing_class=tokenizer,
-    )
-    if options.packing:
-        echo(f"Packed        {trainer.train_dataset.description}")
+    memory = PeakMemory(device_type())
+    trainer, data = build_trainer(options, echo)
+    model, tokenizer = trainer.model, trainer.processing_class
     before = trainer.evaluate()["eval_loss"]
     echo(f"Held-out loss before training: {before:.4f}")
     steps = trainer.train(resume_from_checkpoint=options.resume or None).global_step
@@ -98,7 +78,7 @@ def finetune(options: TrainOptions, echo: Echo) -> Summary:
         peak_mib=round(memory.mib(), 1),
         trainable_parameters=_trainable(model),
         preset=options.preset,
-        device=device,
+        device=device_type(),
     )
     for number in sorted({0, len(data.heldout) // 2}):
         echo(_generation(model, tokenizer, data.heldout[number], number))
@@ -107,15 +87,72 @@ def finetune(options: TrainOptions, echo: Echo) -> Summary:
     return summary
 
 
+def device_type() -> str:
+    """Where training runs."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def side_config(options: TrainOptions) -> LadderConfig:
+    """The side network that the options ask for."""
+    return LadderConfig.preset(options.preset, reduction_factor=options.reduction_factor, seed=options.seed)
+
+
+def build_trainer(
+    options: TrainOptions, echo: Echo, sweep: Sequence[Mapping[str, Any]] | None = None
+) -> tuple[LadderTrainer, TrainData]:
+    """Backbone, data and trainer of a run, described to the user.
+
+    Args:
+        options: what to train on what.
+        echo: prints one message.
+        sweep: of a sweep, what its members have different.
+
+    Raises:
+        ValueError: as `finetune`.
+    """
+    device = device_type()
+    # The cheap checks come before the expensive load.
+    config, arguments = side_config(options), training_arguments(options)
+    entries = [] if sweep is None else sweep_entries(sweep, config, arguments)
+    records = _records(options)
+    source = options.model or defaults.backbone_path()
+    configs = [entry.config for entry in entries] or [config]
+    placement = _plan(options, arguments, source, configs, device, echo)
+    model = LadderForCausalLM.from_backbone(source, config, device=device, head_dtype=options.head_dtype, **placement)
+    tokenizer = model.backbone.tokenizer()
+    data = _tokenized(options, records, tokenizer, model)
+    echo(_describe(options, model, data, device))
+    context = model.backbone.config.max_position_embeddings
+    if options.max_length > context:
+        echo(f"Warning: max_length {options.max_length} is beyond the {context} positions the backbone was made for.")
+    echo("First sample, with [[ ]] around what the loss is on:\n" + _indented(show_sample(data.train[0], tokenizer)))
+    trainer = LadderTrainer(
+        model,
+        arguments,
+        train_dataset=data.train,
+        eval_dataset=data.heldout,
+        processing_class=tokenizer,
+        sweep=sweep,
+    )
+    if options.packing:
+        echo(f"Packed        {trainer.train_dataset.description}")
+    return trainer, data
+
+
 def _plan(
-    options: TrainOptions, arguments: LadderArguments, source: str, config: LadderConfig, device: str, echo: Echo
+    options: TrainOptions,
+    arguments: LadderArguments,
+    source: str,
+    configs: Sequence[LadderConfig],
+    device: str,
+    echo: Echo,
 ) -> dict[str, Any]:
     """Print the memory that the run will take; raise where that is not free.
 
     Returns:
         options of `load_backbone`.
     """
-    planner = Planner(read_shape(source), config)
+    planner = Planner(read_shape(source), configs[0], beside=tuple(configs[1:]))
     work = workload(arguments, device, compute_dtype(device).itemsize)
     work = replace(work, eval_batch=arguments.per_device_eval_batch_size)
     placement: dict[str, Any] = {}
@@ -183,7 +220,7 @@ def _tokenized(
     records: tuple[Records, Records, str],
     tokenizer: PreTrainedTokenizerBase,
     model: LadderForCausalLM,
-) -> _Data:
+) -> TrainData:
     train, heldout = (
         prepare_dataset(part, tokenizer, max_length=options.max_length, vocab_size=model.backbone.config.vocab_size)
         for part in records[:2]
@@ -191,10 +228,12 @@ def _tokenized(
     description = (
         f"{len(train):,} samples, {train.num_tokens:,} tokens; held out: {len(heldout):,} samples, {records[2]}"
     )
-    return _Data(train, heldout, description)
+    return TrainData(train, heldout, description)
 
 
-def _arguments(options: TrainOptions, device: str) -> LadderArguments:
+def training_arguments(options: TrainOptions) -> LadderArguments:
+    """The trainer's arguments of the options."""
+    device = device_type()
     steps = options.steps or -1
     return LadderArguments(
         output_dir=options.output,
@@ -220,7 +259,7 @@ def _arguments(options: TrainOptions, device: str) -> LadderArguments:
     )
 
 
-def _describe(options: TrainOptions, model: LadderForCausalLM, data: _Data, device: str) -> str:
+def _describe(options: TrainOptions, model: LadderForCausalLM, data: TrainData, device: str) -> str:
     backbone, dims = model.backbone, model.side_network.dims
     name = options.model or "the shipped quickstart model"
     precision = str(backbone.dtype).removeprefix("torch.")

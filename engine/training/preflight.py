@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from transformers import TrainingArguments
@@ -15,11 +16,14 @@ from engine.backbone.files import CONFIG, locate, read_json
 from engine.backbone.host_memory import available_bytes
 from engine.backbone.shards import CheckpointError
 from engine.config import LadderConfig
+from engine.data.dataset import TokenizedDataset
+from engine.data.packing import PackedDataset
 from engine.dtypes import compute_dtype
 from engine.memory.plan import MemoryPlan
 from engine.memory.planner import Planner, parse_bytes, usable_bytes
 from engine.memory.workload import GB, MemoryPolicies, Workload
 from engine.training.arguments import optimizer_policy, workload
+from engine.training.data_parallel import all_reduced_bytes
 
 TAPS = ("device", "int8", "host")  # from the fastest to the leanest; "none" trains less and is never chosen
 GROUP_SHARE = 0.85  # of free memory for groups: the plan is off by up to a tenth, and allocators leave gaps
@@ -91,7 +95,7 @@ def place_backbone(
     usable = usable_bytes(parse_bytes(budget))
     settled = settled or MemoryPolicies()
     choices = {
-        "taps": tap_policies(work, taps),
+        "taps": tap_policies(work, taps, bool(planner.beside)),
         "head_dtype": (settled.head_dtype,),
         "optimizer": (settled.optimizer,),
     }
@@ -110,12 +114,12 @@ def place_backbone(
     return plan, {"residency": "auto", "layer_budget": layers["backbone layers"] + layers["layers in flight"]}
 
 
-def load_options(source: str | Path, ladder_config: LadderConfig | None, args: TrainingArguments) -> dict[str, Any]:
+def load_options(source: str | Path, configs: Sequence[LadderConfig], args: TrainingArguments) -> dict[str, Any]:
     """Where `load_backbone` puts a backbone so that training fits the `memory_budget` of its arguments."""
     options: dict[str, Any] = {"device": args.device}
     budget = getattr(args, "memory_budget", None)
     if budget is not None:
-        planner = Planner(read_shape(source), ladder_config or LadderConfig())
+        planner = Planner(read_shape(source), configs[0], beside=tuple(configs[1:]))
         work = workload(args, args.device.type, compute_dtype(args.device).itemsize)
         settled = MemoryPolicies(optimizer=optimizer_policy(args))
         options |= place_backbone(planner, work, budget, getattr(args, "taps", "auto"), settled)[1]
@@ -137,7 +141,7 @@ def fit_training(
     Returns:
         the plan, and the micro-batches of a group.
     """
-    for policy in tap_policies(work, taps):
+    for policy in tap_policies(work, taps, bool(planner.beside)):
         plan = planner.plan(work, replace(loaded, taps=policy))
         if free is None or plan.peak_bytes - plan.loaded_bytes <= free:
             break
@@ -149,11 +153,71 @@ def fit_training(
     return plan, group
 
 
-def tap_policies(work: Workload, taps: str) -> tuple[str, ...]:
-    """The policies that `taps` leaves to choose from; to a CPU host memory is the device's, with a copy on top."""
+class Fit(NamedTuple):
+    """What a training was planned with, its groups chosen."""
+
+    planner: Planner
+    work: Workload
+    plan: MemoryPlan
+
+
+def fit_memory(trainer: Any, configs: Sequence[LadderConfig], taps: str) -> Fit:
+    """Choose what fits beside a trainer's loaded backbone, and print what training will hold.
+
+    Args:
+        trainer: a `LadderMixin`, ready to train.
+        configs: of every side network that will train on the same passes.
+        taps: "auto" or a policy.
+
+    Raises:
+        MemoryPlanError: that is not free, and `ignore_memory_plan` is not set.
+    """
+    args, model = trainer.args, trainer.accelerator.unwrap_model(trainer.model)
+    backbone, budget = model.backbone, getattr(args, "memory_budget", None)
+    planner = Planner(backbone.config, configs[0], beside=tuple(configs[1:]))
+    work = workload(args, backbone.device.type, backbone.dtype.itemsize, longest_sample(trainer))
+    if trainer.eval_dataset is not None:
+        work = replace(work, eval_batch=args.per_device_eval_batch_size)
+    loaded = replace(policies_of(backbone), optimizer=optimizer_policy(args))
+    free = free_bytes(backbone.device)
+    if budget is not None:
+        is_card = backbone.device.type == "cuda"
+        held = torch.cuda.memory_allocated(backbone.device) if is_card else planner.plan(work, loaded).loaded_bytes
+        beside = max(usable_bytes(parse_bytes(budget)) - held, 0)
+        free = beside if free is None else min(beside, free)
+    plan, group = fit_training(planner, work, loaded, taps, free)
+    needed = plan.peak_bytes - plan.loaded_bytes
+    if trainer.is_world_process_zero():
+        known = "unknown" if free is None else f"{free / GB:.2f} GB"
+        of = f" of {len(configs)} side networks" if len(configs) > 1 else ""
+        print(f"Memory plan{of}: {needed / GB:.2f} GB more at the peak ({plan.peak_phase}), free: {known}")
+        if (processes := trainer.accelerator.num_processes) > 1:
+            reduced = all_reduced_bytes(model) / 1e6
+            print(f"Data parallel: {processes} processes, {reduced:.2f} MB all-reduced per step, side network only")
+    if not getattr(args, "ignore_memory_plan", False):
+        check_free(planner, work, plan.policies, needed, free)
+    work = replace(work, group=group)
+    return Fit(planner, work, planner.plan(work, plan.policies))
+
+
+def longest_sample(trainer: Any) -> int | None:
+    """Tokens of the longest sample or packed row, where all data sets were tokenized here."""
+    parts = trainer.eval_dataset.values() if isinstance(trainer.eval_dataset, dict) else [trainer.eval_dataset]
+    data = [part for part in (trainer.train_dataset, *parts) if part is not None]
+    if not all(isinstance(part, TokenizedDataset | PackedDataset) for part in data):
+        return None
+    return max((part.longest for part in data), default=None)
+
+
+def tap_policies(work: Workload, taps: str, is_sweep: bool = False) -> tuple[str, ...]:
+    """The policies that `taps` leaves to choose from; to a CPU host memory is the device's, with a copy on top.
+
+    The networks of a sweep share what waits on the device or the host, and would keep int8 codes once for each.
+    """
     if taps != "auto":
         return (taps,)
-    return TAPS if work.device_type == "cuda" else TAPS[:-1]
+    policies = TAPS if work.device_type == "cuda" else TAPS[:-1]
+    return tuple(policy for policy in policies if not (is_sweep and policy == "int8"))
 
 
 def check_free(planner: Planner, work: Workload, policies: MemoryPolicies, needed: int, free: int | None) -> None:

@@ -60,6 +60,8 @@ class LadderSFTTrainer(LadderMixin, SFTTrainer):
             raise TypeError(f"LadderSFTTrainer takes trl.SFTConfig, got {type(args).__name__}")
         if args.loss_type != "nll":
             raise ValueError(f"loss_type is {args.loss_type!r}; the fused loss is the negative log-likelihood, 'nll'")
+        if others.get("sweep") is not None:
+            raise ValueError("sweep trains LadderTrainers: use LadderTrainer, or train one after the other here")
         if peft_config is not None:
             raise ValueError("peft_config is set; the side network is what is trained, leave peft's adapters out")
         super().__init__(model, args, data_collator, *rest, **others)

@@ -7,8 +7,7 @@ Its checkpoints, pickled and written in place, are `engine.checkpoints.trainer_m
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,30 +21,21 @@ from engine.checkpoints.interruption import Interruption
 from engine.checkpoints.trainer_mixin import CrashSafeCheckpoints
 from engine.config import LadderConfig
 from engine.data.collator import Collator
-from engine.data.dataset import TokenizedDataset
-from engine.data.packing import PackedDataset
 from engine.memory.cards import card_of, pass_flops
-from engine.memory.plan import MemoryPlan
-from engine.memory.planner import Planner, parse_bytes, usable_bytes
-from engine.memory.workload import GB, Workload
 from engine.model.adapter import load_adapter
 from engine.model.causal_lm import LadderForCausalLM
-from engine.training.arguments import (
-    DEFAULT_MAX_SKIPPED_STEPS,
-    LadderArguments,
-    check_supported,
-    optimizer_policy,
-    workload,
-)
-from engine.training.data_parallel import WholeRounds, all_reduced_bytes
+from engine.training.arguments import DEFAULT_MAX_SKIPPED_STEPS, LadderArguments, check_supported
+from engine.training.data_parallel import WholeRounds
 from engine.training.guards import SKIPPED_FILE, GuardedStep, SpikeWatch
 from engine.training.layer_major import LayerMajor
 from engine.training.longest_batch import LongestBatchFirst
 from engine.training.out_of_memory import TrainingMemoryError, WholeSteps, explain, is_out_of_memory, release
-from engine.training.preflight import check_free, fit_training, free_bytes, load_options, policies_of
+from engine.training.preflight import Fit, fit_memory, load_options
 from engine.training.run_log import RunLog
 from engine.training.step_graph import CudaGraphs, StepGraphs, check_arguments
 from engine.training.summary import PeakMemory, StepClock
+from engine.training.sweep import Sweep
+from engine.training.sweep_entries import sweep_entries
 from engine.training.training_data import prepared, training_data
 
 
@@ -59,9 +49,14 @@ class LadderMixin(CrashSafeCheckpoints):
     Attributes:
         group_tokens: tokens that pass the backbone together where a step has several micro-batches; None: as many as
             fit the memory.
+        fit_of_sweep: of a member of a sweep, what was planned for all of them.
+        sweep: what trains instead of this trainer, whose model is then the first member's, and the best one's
+            afterwards.
     """
 
     group_tokens: int | None = None
+    fit_of_sweep: Fit | None = None
+    sweep: Sweep | None = None
 
     def __init__(
         self,
@@ -73,6 +68,7 @@ class LadderMixin(CrashSafeCheckpoints):
         processing_class: Any = None,
         *rest: Any,
         ladder_config: LadderConfig | None = None,
+        sweep: Sequence[Mapping[str, Any]] | None = None,
         **others: Any,
     ) -> None:
         args = LadderArguments() if args is None else args
@@ -84,13 +80,19 @@ class LadderMixin(CrashSafeCheckpoints):
                 "LadderTrainer needs a model: a LadderForCausalLM, or the path or hub id of a backbone; model_init is "
                 "not supported: build one trainer per trial around a shared backbone instead"
             )
-        if isinstance(model, str | Path):
-            model = LadderForCausalLM.from_backbone(model, ladder_config, **load_options(model, ladder_config, args))
-        elif ladder_config is not None:
+        is_loaded = not isinstance(model, str | Path)
+        if is_loaded and ladder_config is not None:
             raise ValueError(
                 "ladder_config was given with a model that has a side network already; pass the backbone's path or id "
                 "as model, or leave ladder_config out"
             )
+        base = model.ladder_config if is_loaded else ladder_config or LadderConfig()
+        entries = None if sweep is None else sweep_entries(sweep, base, args, {"rest": rest} | others)
+        configs = [base] if entries is None else [entry.config for entry in entries]
+        if not is_loaded:
+            model = LadderForCausalLM.from_backbone(model, configs[0], **load_options(model, configs, args))
+        elif entries is not None:
+            model = model.beside(configs[0])
         processing_class = _tokenizer_if_any(model) if processing_class is None else processing_class
         train_dataset = self._tokenized(train_dataset, processing_class, args, model, is_training=True)
         parts = eval_dataset if isinstance(eval_dataset, dict) else {None: eval_dataset}
@@ -124,6 +126,7 @@ class LadderMixin(CrashSafeCheckpoints):
         self.interruption = Interruption(self)
         self.add_callback(self.interruption)
         self._eval_total = torch.zeros(2, dtype=torch.float64)
+        self.sweep = None if entries is None else Sweep(self, entries, others.get("callbacks"))
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """The stock loader, of anything that `eval_dataset` may be at construction, or of one of its parts by name."""
@@ -251,8 +254,8 @@ class LadderMixin(CrashSafeCheckpoints):
         output.metrics[f"{metric_key_prefix}_loss"] = loss_sum / max(count, 1)
         return output
 
-    def train(self, *args: Any, **kwargs: Any) -> TrainOutput:
-        """The stock training; afterwards `clock` holds the seconds and tokens of its steps.
+    def train(self, *args: Any, **kwargs: Any) -> TrainOutput | dict[str, TrainOutput]:
+        """The stock training; afterwards `clock` holds the seconds and tokens of its steps. Of a sweep, see `Sweep`.
 
         Raises:
             MemoryPlanError: it would need more memory than is free, and `ignore_memory_plan` is not set.
@@ -261,7 +264,9 @@ class LadderMixin(CrashSafeCheckpoints):
             CheckpointError: there is nothing to resume from, or it would not go on as it was.
             SystemExit: SIGTERM (status 143) or SIGINT (130), after a checkpoint.
         """
-        planner, work, plan = self._fit_memory()
+        if self.sweep is not None:
+            return self.sweep.train(*args, **kwargs)
+        fit = self._fit_memory()
         try:
             output = super().train(*args, **kwargs)
         except (RuntimeError, MemoryError) as error:
@@ -270,7 +275,7 @@ class LadderMixin(CrashSafeCheckpoints):
             phase = release(error)
             self._return_to_whole_step()
             device, step = self.accelerator.device, self.state.global_step
-            message = explain(planner, work, plan, device, self.peak_memory.mib(), phase, step)
+            message = explain(*fit, device, self.peak_memory.mib(), phase, step)
             raise TrainingMemoryError(f"{message}\n{error}") from error
         self.clock.stop()
         return output
@@ -298,43 +303,13 @@ class LadderMixin(CrashSafeCheckpoints):
         # A graph replays copies into host memory that others own by then.
         return "device" if taps == "auto" and self.step_graphs is not None else taps
 
-    def _longest_sample(self) -> int | None:
-        """Tokens of the longest sample or packed row, where all data sets were tokenized here."""
-        parts = self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
-        data = [part for part in (self.train_dataset, *parts) if part is not None]
-        if not all(isinstance(part, TokenizedDataset | PackedDataset) for part in data):
-            return None
-        return max((part.longest for part in data), default=None)
-
-    def _fit_memory(self) -> tuple[Planner, Workload, MemoryPlan]:
-        """Choose what fits beside the loaded backbone; print what training will hold; raise where that is not free."""
-        args, model = self.args, self.accelerator.unwrap_model(self.model)
-        backbone, budget = model.backbone, getattr(args, "memory_budget", None)
-        planner = Planner(backbone.config, model.ladder_config)
-        work = workload(args, backbone.device.type, backbone.dtype.itemsize, self._longest_sample())
-        if self.eval_dataset is not None:
-            work = replace(work, eval_batch=args.per_device_eval_batch_size)
-        loaded = replace(policies_of(backbone), optimizer=optimizer_policy(args))
-        free = free_bytes(backbone.device)
-        if budget is not None:
-            is_card = backbone.device.type == "cuda"
-            held = torch.cuda.memory_allocated(backbone.device) if is_card else planner.plan(work, loaded).loaded_bytes
-            beside = max(usable_bytes(parse_bytes(budget)) - held, 0)
-            free = beside if free is None else min(beside, free)
-        plan, group = fit_training(planner, work, loaded, self._taps(), free)
-        needed = plan.peak_bytes - plan.loaded_bytes
-        if self.is_world_process_zero():
-            known = "unknown" if free is None else f"{free / GB:.2f} GB"
-            print(f"Memory plan: {needed / GB:.2f} GB more at the peak ({plan.peak_phase}), free: {known}")
-            if (processes := self.accelerator.num_processes) > 1:
-                reduced = all_reduced_bytes(model) / 1e6
-                print(f"Data parallel: {processes} processes, {reduced:.2f} MB all-reduced per step, side network only")
-        if not getattr(args, "ignore_memory_plan", False):
-            check_free(planner, work, plan.policies, needed, free)
-        model.side_network.tap_policy = plan.policies.taps
-        self.layer_major = LayerMajor(self.group_tokens or group * work.rows)
-        work = replace(work, group=group)
-        return planner, work, planner.plan(work, plan.policies)
+    def _fit_memory(self) -> Fit:
+        """Choose what fits beside the loaded backbone, in a sweep what fits for all; raise where that is not free."""
+        model = self.accelerator.unwrap_model(self.model)
+        fit = self.fit_of_sweep or fit_memory(self, [model.ladder_config], self._taps())
+        model.side_network.tap_policy = fit.plan.policies.taps
+        self.layer_major = LayerMajor(self.group_tokens or fit.work.pass_rows)
+        return fit
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The stock log with the rates since the last line, peak memory so far, and the merge gates."""
@@ -382,6 +357,8 @@ class LadderTrainer(LadderMixin, Trainer):
             `labels`; evaluation also takes a dictionary of these.
         processing_class: the tokenizer; default: the backbone's.
         ladder_config: keyword only.
+        sweep: keyword only; a list of mappings, each what one of several side networks, trained together on the same
+            batches from one backbone pass, has different: see `engine.training.sweep`.
 
     Raises:
         ValueError: arguments that would need logits (label smoothing, compute_metrics, compute_loss_func), more than

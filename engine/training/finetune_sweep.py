@@ -1,0 +1,106 @@
+"""`ladder sweep`: the main job with several side networks on one backbone pass."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from engine.checkpoints.store import checkpoints
+from engine.training.finetune import Echo, build_trainer, check_output, side_config, training_arguments
+from engine.training.options import TrainOptions
+from engine.training.sweep import MEMBER_FILE, SWEEP_FILE, MemberResult
+from engine.training.sweep_entries import cartesian, sweep_entries
+
+
+def finetune_sweep(options: TrainOptions, sweep: Sequence[Mapping[str, Any]], echo: Echo) -> list[MemberResult]:
+    """Train the members of a sweep and leave their adapters and sweep.json in `options.output`.
+
+    Args:
+        options: what to train on what, the same for all members but for what `sweep` says.
+        sweep: see `engine.training.sweep_entries`.
+        echo: prints one message.
+
+    Raises:
+        ValueError: as `engine.training.finetune.finetune`, or a sweep that cannot be.
+    """
+    output = Path(options.output)
+    names = [entry.name for entry in sweep_entries(sweep, side_config(options), training_arguments(options))]
+    _check_output(output, names, options.overwrite, options.resume)
+    trainer, _ = build_trainer(options, echo, sweep)
+    trainer.train(resume_from_checkpoint=options.resume or None)
+    best = trainer.sweep.members.index(trainer.sweep.best)
+    echo(
+        f"Best          {names[best]}\n"
+        f"Saved         {output} (an adapter in the folder of every member, {SWEEP_FILE})\n"
+        f'Continue with\n  ladder generate --adapter {output / names[best]} --prompt "..."'
+    )
+    return trainer.sweep.results
+
+
+def _check_output(output: Path, names: Sequence[str], overwrite: bool, resume: bool) -> None:
+    """`check_output` for the folder of a sweep and those of its members."""
+    check_output(output, overwrite, resume)
+    begun = any(checkpoints(output / name) or (output / name / MEMBER_FILE).exists() for name in names)
+    if overwrite:
+        for name in names:
+            for _, folder in checkpoints(output / name):
+                shutil.rmtree(folder)
+            (output / name / MEMBER_FILE).unlink(missing_ok=True)
+        (output / SWEEP_FILE).unlink(missing_ok=True)
+    elif (output / SWEEP_FILE).exists():
+        raise ValueError(
+            f"{output}: holds a finished sweep ({SWEEP_FILE}); choose another folder with --output, or replace it with "
+            "--overwrite"
+        )
+    elif begun and not resume:
+        raise ValueError(
+            f"{output}: holds a sweep that did not end; go on with --resume, choose another folder with --output, or "
+            "start over with --overwrite"
+        )
+
+
+def sweep_of(vary: Sequence[str], members: Path | None) -> list[dict[str, Any]]:
+    """What members have different, from the command line or a file.
+
+    Args:
+        vary: "name=value,value"; of several, every combination.
+        members: a YAML or JSON file, a list of names and values.
+
+    Raises:
+        ValueError: both or none of them, or one that cannot be read.
+    """
+    if bool(vary) == (members is not None):
+        raise ValueError(
+            "a sweep needs --vary NAME=VALUE,VALUE (several times for every combination), or --members with a file "
+            "that lists what each has different: give one of them"
+        )
+    if members is not None:
+        try:
+            return yaml.safe_load(members.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"{members}: cannot be read ({error})") from error
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            raise ValueError(f"{members}: is not valid YAML ({error})") from error
+    varied: dict[str, list[Any]] = {}
+    for text in vary:
+        name, _, values = text.partition("=")
+        name = name.strip().replace("-", "_")
+        if not name or not all(values.split(",")):
+            raise ValueError(f"--vary {text}: expected NAME=VALUE,VALUE, such as learning_rate=1e-3,3e-3")
+        if name in varied:
+            raise ValueError(f"--vary {name} is given twice: list its values with commas")
+        varied[name] = [_value(value.strip()) for value in values.split(",")]
+    return cartesian(varied)
+
+
+def _value(text: str) -> Any:
+    """As YAML reads it; 3e-3, which YAML reads as text, is a number here."""
+    value = yaml.safe_load(text)
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value

@@ -1,0 +1,448 @@
+"""Several side networks on one backbone pass: the bits of each alone, one pass for all, and each with its own end."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import signal
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from ladders import batch, ladder_model
+from torch import Tensor
+from transformers import TrainerCallback
+
+from engine import LadderArguments, LadderConfig, LadderForCausalLM, LadderTrainer
+from engine.backbone import Backbone
+from engine.checkpoints import store
+from engine.checkpoints.store import CheckpointError
+from engine.model.tap_store import _HostCopy
+from engine.training.guards import DivergedError
+from engine.training.lockstep import Lockstep
+from engine.training.out_of_memory import TrainingMemoryError
+from engine.training.sweep_entries import cartesian, sweep_entries
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+ROWS = [{"input_ids": list(range(n, n + 8 + n % 7)), "labels": list(range(n, n + 8 + n % 7))} for n in range(24)]
+TEXTS = [{"prompt": "q" * (1 + n % 5), "completion": "ab" * (1 + (7 * n) % 11)} for n in range(24)]
+SWEEP: list[dict[str, Any]] = [
+    {"name": "base"},
+    {"learning_rate": 3e-2, "lr_scheduler_type": "linear", "weight_decay": 0.1},
+    {"preset": "xladder", "seed": 3, "max_grad_norm": 0.1},
+    {"preset": "qst", "reduction_factor": 4, "optim": "sgd"},
+]
+NAMES = [
+    "base",
+    "1-learning_rate=0.03,lr_scheduler_type=linear,weight_decay=0.1",
+    "2-preset=xladder,seed=3,max_grad_norm=0.1",
+    "3-preset=qst,reduction_factor=4,optim=sgd",
+]
+TIMES = {"tokens_per_second", "peak_memory_mib"}
+
+
+def arguments(folder: Path, **options: Any) -> LadderArguments:
+    settings = {"max_steps": 4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "logging_steps": 1}
+    settings |= {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "no", "warmup_steps": 1}
+    settings |= {"use_cpu": True, "disable_tqdm": True}
+    return LadderArguments(output_dir=str(folder), **(settings | options))
+
+
+def trainer(
+    folder: Path, sweep: list[dict[str, Any]] | None = SWEEP, data: Any = ROWS, callbacks: Any = None, **options: Any
+) -> LadderTrainer:
+    group_tokens = options.pop("group_tokens", None)
+    made = LadderTrainer(
+        ladder_model(),
+        arguments(folder, **options),
+        train_dataset=data,
+        eval_dataset=data[:5],
+        callbacks=callbacks,
+        sweep=sweep,
+    )
+    made.group_tokens = group_tokens
+    return made
+
+
+def alone(folder: Path, number: int, **options: Any) -> LadderTrainer:
+    """A member of the sweep as somebody would train it without one."""
+    settings = {key: value for key, value in SWEEP[number].items() if key != "name"}
+    config = {key: settings.pop(key) for key in ("seed", "reduction_factor") if key in settings}
+    model = ladder_model(settings.pop("preset", "ladder"), **config)
+    data, group_tokens = options.pop("data", ROWS), options.pop("group_tokens", None)
+    callbacks = options.pop("callbacks", None)
+    args = arguments(folder, **(options | settings))
+    made = LadderTrainer(model, args, train_dataset=data, eval_dataset=data[:5], callbacks=callbacks)
+    made.group_tokens = group_tokens
+    return made
+
+
+def assert_same_bits(member: LadderTrainer, by_itself: LadderTrainer, resumed: bool = False) -> None:
+    """Weights, optimizer, schedule and everything that was logged but times, and the mean that a resume starts anew."""
+    ours, theirs = member.model.state_dict(), by_itself.model.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, weight in theirs.items():
+        assert torch.equal(ours[name], weight), name
+    states = [made.optimizer.state_dict()["state"] for made in (member, by_itself)]
+    assert states[0].keys() == states[1].keys()
+    for index, state in states[1].items():
+        assert all(torch.equal(torch.as_tensor(states[0][index][key]), torch.as_tensor(state[key])) for key in state)
+    assert member.lr_scheduler.state_dict() == by_itself.lr_scheduler.state_dict()
+    lines = [logged(made) for made in (member, by_itself)]
+    if resumed:
+        lines = [[line for line in of_one if "train_loss" not in line] for of_one in lines]
+    assert lines[0] == lines[1]
+
+
+def logged(made: LadderTrainer) -> list[dict[str, Any]]:
+    lines = made.state.log_history
+    return [
+        {k: v for k, v in line.items() if k not in TIMES and "runtime" not in k and "per_second" not in k}
+        for line in lines
+    ]
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Rows of every pass of the backbone, in order."""
+    seen: list[int] = []
+    stock = Backbone.hidden_states
+
+    def counted(self: Backbone, input_ids: Tensor, *rest: Any) -> Iterator[tuple[int, Tensor]]:
+        seen.append(len(input_ids))
+        return stock(self, input_ids, *rest)
+
+    monkeypatch.setattr(Backbone, "hidden_states", counted)
+    return seen
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"group_tokens": 1, "taps": "host"},
+        {"data": TEXTS, "packing": True, "max_length": 48, "per_device_train_batch_size": 1, "longest_first": True},
+    ],
+    ids=["grouped", "one by one, taps on the host", "packed"],
+)
+def test_every_member_has_the_bits_of_training_it_alone(
+    tmp_path: Path, passes: list[int], options: dict[str, Any]
+) -> None:
+    made = trainer(tmp_path / "sweep", **options)
+    torch.manual_seed(5)
+    outputs = made.train()
+    of_all = list(passes)
+    assert list(outputs) == NAMES and [result.name for result in made.sweep.results] == NAMES
+    for number, member in enumerate(made.sweep.members):
+        passes.clear()
+        single = alone(tmp_path / "alone", number, **options)
+        torch.manual_seed(5)
+        single.train()
+        assert passes == of_all, "one pass serves all members"
+        assert_same_bits(member, single)
+        lines = [json.loads(line) for line in (tmp_path / "sweep" / NAMES[number] / "metrics.jsonl").open()]
+        assert [line["step"] for line in lines] == [line["step"] for line in single.state.log_history]
+
+
+def test_what_a_sweep_leaves(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = trainer(tmp_path, disable_tqdm=False)
+    first = made.model
+    assert first is made.sweep.members[0].model and made.sweep.best is None
+    made.train()
+    result = json.loads((tmp_path / "sweep.json").read_text())
+    losses = {row["name"]: row["eval_loss"] for row in result["members"]}
+    assert list(losses) == NAMES and result["best"] == min(losses, key=lambda name: losses[name]) != "base"
+    best = made.sweep.members[NAMES.index(result["best"])]
+    assert made.model is best.model and made.evaluate()["eval_loss"] == pytest.approx(losses[result["best"]])
+    printed = capsys.readouterr().out
+    assert "Memory plan of 4 side networks" in printed and f"\n*  {result['best']}" in printed
+    assert printed.count("Memory plan") == 1 and f"{NAMES[2]}: {{'loss'" in printed
+    loaded = LadderForCausalLM.from_pretrained(tmp_path / NAMES[2], backbone=first.backbone)
+    for name, weight in made.sweep.members[2].model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], weight), name
+
+
+def test_hidden_states_are_kept_once_and_a_member_frees_its_own() -> None:
+    first = ladder_model()
+    models = [first, first.beside(LadderConfig.preset("xladder", reduction_factor=2)), first.beside(LadderConfig())]
+    ids, width = batch(1, 40), first.backbone.config.hidden_size
+    kept: dict[int, int] = {}
+    freed: list[bool] = []
+    states: list[weakref.ref[Tensor]] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        if tensor.shape == (40, width) and not tensor.requires_grad:
+            kept[tensor.untyped_storage().data_ptr()] = kept.get(tensor.untyped_storage().data_ptr(), 0) + 1
+        return tensor
+
+    def step(model: LadderForCausalLM) -> Callable[[], None]:
+        def run() -> None:
+            freed.extend(state() is None for state in states)
+            passed = model.run_ahead([{"input_ids": ids}])
+            freed.extend(state() is None for state in states)
+            states.append(weakref.ref(passed[0][1]))
+            loss = model(input_ids=ids, labels=ids, passed=passed.pop()).loss
+            loss.backward()
+            del loss
+            gc.collect()
+
+        return run
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        outcomes = Lockstep(first.model).run([step(model) for model in models])
+    assert all(outcome.error is None for outcome in outcomes)
+    layers = first.backbone.config.num_layers
+    assert len(kept) == layers and sum(kept.values()) == layers + models[1].side_network.num_side_layers // 2 + layers
+    assert freed == [True, True, True], "the states of those before, at each turn after the pass"
+
+
+def test_hidden_states_on_the_host_are_copied_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    first, ids = ladder_model(), batch(1, 30)
+    models = [first, first.beside(LadderConfig.preset("qst", reduction_factor=4)), first.beside(LadderConfig())]
+    copies: list[int] = []
+    stock = _HostCopy.__init__
+
+    def counted(self: _HostCopy, tensor: Tensor, before: Any) -> None:
+        copies.append(len(tensor))
+        stock(self, tensor, before)
+
+    monkeypatch.setattr(_HostCopy, "__init__", counted)
+    gradients: list[dict[str, Tensor | None]] = []
+    for policy in ("device", "host"):
+        for model in models:
+            model.zero_grad()
+            model.side_network.tap_policy = policy
+        jobs = [lambda model=model: model(input_ids=ids, labels=ids).loss.backward() for model in models]
+        assert all(outcome.error is None for outcome in Lockstep(first.model).run(jobs))
+        gradients.append({f"{n}.{k}": p.grad for n, model in enumerate(models) for k, p in model.named_parameters()})
+    assert len(copies) == first.backbone.config.num_layers + 1, "every block and, for qst, the embeddings"
+    assert all(torch.equal(gradients[1][name], value) for name, value in gradients[0].items() if value is not None)
+
+
+class StopAt(TrainerCallback):
+    """Stops the member with one learning rate after a step; or sends a signal there."""
+
+    def __init__(self, step: int, learning_rate: float, number: signal.Signals | None = None) -> None:
+        self.step, self.learning_rate, self.number = step, learning_rate, number
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step and args.learning_rate == self.learning_rate:
+            if self.number is None:
+                control.should_training_stop = True
+            else:
+                os.kill(os.getpid(), self.number)
+
+
+def test_one_stops_early_and_the_others_go_on(tmp_path: Path, passes: list[int]) -> None:
+    made = trainer(tmp_path / "sweep", callbacks=[StopAt(1, 3e-2)])
+    made.train()
+    assert [member.state.global_step for member in made.sweep.members] == [4, 1, 4, 4]
+    assert made.sweep.results[1].eval_loss is not None, "it was evaluated where it stopped"
+    steps, whole_set, of_one = 4, 2, 1
+    assert len(passes) == steps + whole_set + of_one
+    for number in (0, 2):
+        single = alone(tmp_path / "alone", number)
+        single.train()
+        assert_same_bits(made.sweep.members[number], single)
+
+
+def test_one_diverges_and_the_others_go_on(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    made = trainer(tmp_path / "sweep", [SWEEP[0], {"learning_rate": 1e39}, SWEEP[2]], max_skipped_steps=1, max_steps=5)
+    outputs = made.train()
+    assert list(outputs) == [NAMES[0], NAMES[2]]
+    failed = made.sweep.results[1]
+    assert failed.error.startswith("DivergedError: 1 steps in a row") and failed.steps < 5
+    assert "member 1-learning_rate=1e+39 ended at step" in caplog.text and "DivergedError" in made.sweep.table()
+    single = alone(tmp_path / "alone", 0, max_skipped_steps=1, max_steps=5)
+    single.train()
+    assert_same_bits(made.sweep.members[0], single)
+    with pytest.raises(DivergedError):
+        trainer(tmp_path / "all", [{"learning_rate": 1e39}], max_skipped_steps=1).train()
+
+
+def test_memory_that_runs_out_in_the_pass_is_everyones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise torch.OutOfMemoryError("no more")
+
+    made = trainer(tmp_path, SWEEP[:3])
+    monkeypatch.setattr("engine.training.lockstep.run_pass", full)
+    with pytest.raises(TrainingMemoryError, match=r"2 of the sweep's 3 networks"):
+        made.train()
+    assert all(result.error.startswith("TrainingMemoryError") for result in made.sweep.results)
+
+
+def test_other_errors_are_not_hidden_behind_the_others(tmp_path: Path) -> None:
+    class Broken(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 2 and args.learning_rate == 3e-2:
+                raise KeyError("of a callback")
+
+    made = trainer(tmp_path, SWEEP[:2], callbacks=[Broken()])
+    with pytest.raises(KeyError, match="of a callback"):
+        made.train()
+    assert made.sweep.members[0].state.global_step == 4 and (tmp_path / "sweep.json").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
+def test_a_signal_saves_all_at_one_step_and_they_resume_to_the_bit(tmp_path: Path, number: signal.Signals) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 5, "eval_steps": 3}
+    stops = StopAt(1, 3e-3 if number == signal.SIGTERM else 3e-2)
+    sends = StopAt(2, stops.learning_rate, number)  # who has stopped does not send
+    sends.learning_rate = 3e-2 if number == signal.SIGTERM else 3e-3
+    sweep = [SWEEP[0], SWEEP[1], SWEEP[2] | {"learning_rate": 1e-3}]
+    try:
+        made = trainer(tmp_path / "sweep", sweep, callbacks=[stops, sends], **options)
+        with pytest.raises(SystemExit) as left:
+            made.train()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert left.value.code == 128 + number
+    ended = [member.state.global_step for member in made.sweep.members]
+    saved = ended[2]
+    assert saved in (2, 3) and sorted(ended) == [1, saved, saved]
+    again = trainer(tmp_path / "sweep", sweep, callbacks=[stops], **options)
+    outputs = again.train(resume_from_checkpoint=True)
+    assert len(outputs) == 2, "who had ended stays ended"
+    whole = trainer(tmp_path / "whole", sweep, callbacks=[stops], **options)
+    whole.train()
+    for member, expected, steps in zip(again.sweep.members, whole.sweep.members, ended, strict=True):
+        if steps > 1:
+            assert_same_bits(member, expected, resumed=True)
+        for name, weight in member.model.state_dict().items():
+            assert torch.equal(weight, expected.model.state_dict()[name]), name
+    for ours, theirs in zip(again.sweep.results, whole.sweep.results, strict=True):
+        assert (ours.steps, ours.loss, ours.eval_loss) == (theirs.steps, theirs.loss, theirs.eval_loss)
+
+
+def test_a_second_interrupt_leaves_at_once(tmp_path: Path) -> None:
+    class Twice(TrainerCallback):
+        def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == 1 and args.learning_rate == 3e-2:
+                for _ in range(2):
+                    os.kill(os.getpid(), signal.SIGINT)
+                    time.sleep(0.1)  # two that come at once are one to Python
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        made = trainer(tmp_path, callbacks=[Twice()], save_strategy="steps", save_steps=9)
+        with pytest.raises(SystemExit) as left:
+            made.train()
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert left.value.code == 130 and not list(tmp_path.glob("*/checkpoint-*"))
+    assert not list(tmp_path.glob("sweep.json"))
+    made.evaluate()  # nothing waits for the others any more
+
+
+def test_members_resume_from_the_newest_whole_step_of_all(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    options = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "no", "save_total_limit": 4}
+    made = trainer(tmp_path, SWEEP[:2], **options)
+    made.train()
+    folders = [tmp_path / name for name in NAMES[:2]]
+    for folder in folders:
+        (folder / "member.json").unlink()  # as if both had been killed
+    (folders[0] / "checkpoint-4" / "ladder.safetensors").unlink()
+    weights = folders[1] / "checkpoint-3" / "ladder.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1])
+    again = trainer(tmp_path, SWEEP[:2], **options)
+    again.train(resume_from_checkpoint=True)
+    assert "step 3 is not resumed" in caplog.text and "it was cut off" in caplog.text
+    for member, expected in zip(again.sweep.members, made.sweep.members, strict=True):
+        assert_same_bits(member, expected, resumed=True)
+    (folders[0] / "member.json").write_text("{")
+    with pytest.raises(CheckpointError, match=r"member\.json: cannot be read .*delete it to resume"):
+        trainer(tmp_path, SWEEP[:2], **options).train(resume_from_checkpoint=True)
+    for folder in folders:
+        (folder / "member.json").unlink()
+    for step, checkpoint in store.checkpoints(folders[0]):
+        os.rename(checkpoint, folders[0] / f"checkpoint-{step + 10}")
+    with pytest.raises(
+        CheckpointError, match=r"no step in common .*base: \[11, 12, 13, 14\]; 1-learning_rate.*: \[1, 2"
+    ):
+        trainer(tmp_path, SWEEP[:2], **options).train(resume_from_checkpoint=True)
+    with pytest.raises(ValueError, match="a sweep resumes all its members: pass True"):
+        trainer(tmp_path, SWEEP[:2], **options).train(resume_from_checkpoint=str(folders[0]))
+
+
+def test_other_batches_are_noticed_and_served_one_by_one(caplog: pytest.LogCaptureFixture, passes: list[int]) -> None:
+    first = ladder_model()
+    models = [first, first.beside(LadderConfig(reduction_factor=4)), first.beside(LadderConfig(reduction_factor=4))]
+
+    def steps(model: LadderForCausalLM, seed: int) -> Callable[[], list[float]]:
+        def run() -> list[float]:
+            with torch.no_grad():
+                before = float(model(input_ids=batch(1, 9), labels=batch(1, 9)).loss)
+            losses = [
+                model(input_ids=ids, labels=ids).loss.detach()
+                for ids in (batch(1, 12, seed=seed + n) for n in range(3))
+            ]
+            return [before, *map(float, losses)]
+
+        return run
+
+    jobs = [steps(model, seed) for model, seed in zip(models, (0, 0, 7), strict=True)]
+    outcomes = Lockstep(first.model).run(jobs)
+    assert passes == [9] + 6 * [12]
+    assert "1 of 3 trainings of the sweep ask for other batches" in caplog.text and len(caplog.records) == 1
+    assert [outcome.value for outcome in outcomes] == [job() for job in jobs]
+
+
+@pytest.mark.parametrize(
+    ("sweep", "options", "message"),
+    [
+        ([], {}, "expected a list of one mapping per side network"),
+        ({"learning_rate": 1e-3}, {}, "expected a list of one mapping"),
+        (["learning_rate"], {}, "member 0: expected names and values, got 'learning_rate'"),
+        (
+            [{}, {"lerning_rate": 1}],
+            {},
+            r"member 1 \(1-lerning_rate=1\): 'lerning_rate' unknown; members may differ in",
+        ),
+        ([{"per_device_train_batch_size": 1}], {}, "is the same for all members, which share their batches"),
+        ([{"max_steps": 9}], {}, "'max_steps' is the same for all members"),
+        ([{"data_seed": 9}], {}, "'data_seed' is the same for all members"),
+        ([{"learning_rate": "fast"}], {}, "learning_rate must be a finite number of at least 0, got 'fast'"),
+        ([{"weight_decay": float("nan")}], {}, "weight_decay must be a finite number"),
+        ([{"lr_scheduler_type": "steep"}], {}, r"member 0 .*: steep is not a valid SchedulerType"),
+        ([{"preset": "snake"}], {}, r"member 0 .*: unknown preset 'snake'"),
+        ([{"reduction_factor": 0}], {}, "reduction_factor must be an integer from 1"),
+        ([{"num_taps": 2}], {}, "num_taps=2 belongs to connection='xladder'"),
+        ([{"name": "a"}, {"name": "a"}], {}, "the name 'a' is given twice"),
+        ([{"name": "../a"}], {}, "the name becomes a folder: expected letters, digits"),
+        ([{"name": "checkpoint-3"}], {}, "not beginning with checkpoint-"),
+        ([{}], {"taps": "int8"}, "does not support taps='int8'"),
+        ([{}], {"auto_find_batch_size": True}, "does not support auto_find_batch_size=True"),
+        ([{}], {"report_to": ["wandb"]}, r"does not support report_to=\['wandb'\]"),
+    ],
+)
+def test_what_cannot_be_swept_is_refused(tmp_path: Path, sweep: Any, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        sweep_entries(sweep, LadderConfig(), arguments(tmp_path, **options))
+
+
+def test_what_members_cannot_share_is_refused(tmp_path: Path) -> None:
+    model, args = ladder_model(), arguments(tmp_path, eval_strategy="no")
+    optimizer = torch.optim.SGD(model.parameters())
+    with pytest.raises(ValueError, match="cannot share optimizers: leave that out"):
+        LadderTrainer(model, args, train_dataset=ROWS, optimizers=(optimizer, None), sweep=[{}])
+
+    class Stream(torch.utils.data.IterableDataset):
+        def __iter__(self) -> Iterator[dict[str, Any]]:
+            return iter(ROWS)
+
+    with pytest.raises(ValueError, match="needs training data with a length"):
+        LadderTrainer(model, args, train_dataset=Stream(), sweep=[{}])
+
+
+def test_a_preset_leaves_what_was_chosen_beside_it(tmp_path: Path) -> None:
+    base = LadderConfig.preset("lst", reduction_factor=8, seed=5)
+    entry, other = sweep_entries([{"preset": "xladder", "seed": 6}, {}], base, arguments(tmp_path))
+    assert entry.config == LadderConfig.preset("xladder", reduction_factor=8, seed=6) and other.config == base
+    assert cartesian({"a": [1, 2], "b": [3]}) == [{"a": 1, "b": 3}, {"a": 2, "b": 3}]
