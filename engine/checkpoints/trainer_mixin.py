@@ -6,6 +6,7 @@ is in it, and goes on silently without a part that is missing.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import uuid
@@ -24,6 +25,8 @@ from transformers.trainer_utils import SaveStrategy, TrainOutput
 
 from engine.checkpoints import store
 from engine.checkpoints.interruption import EvaluationInterrupted, Interruption
+from engine.checkpoints.lock import only_training
+from engine.checkpoints.processes import all_or_none
 from engine.checkpoints.state import (
     load_optimizer_state,
     load_state,
@@ -72,12 +75,21 @@ class CrashSafeCheckpoints:
                 that one.
 
         Raises:
+            FolderInUseError: another training writes into `output_dir`.
             CheckpointError: there is none, the folder is damaged, or training goes on with other data, batches or
                 processes, so that the result would be another (`ignore_data_skip` accepts that).
             SystemExit: SIGTERM (status 143) or SIGINT (130), after a checkpoint.
         """
+        with contextlib.ExitStack() as held:
+            lock = only_training(self.args.output_dir)
+            # The process that writes is one, or one of each machine.
+            all_or_none((lambda: held.enter_context(lock)) if self.args.should_save else None)
+            return self._train_alone(resume_from_checkpoint, *args, **kwargs)
+
+    def _train_alone(self, wanted: str | bool | None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """The stock training, of the only one that writes into its folder."""
         self.last_saved_step = None
-        resume = self._checkpoint_to_resume(resume_from_checkpoint)
+        resume = self._checkpoint_to_resume(wanted)
         with self.interruption:
             try:
                 output = super().train(None if resume is None else str(resume), *args, **kwargs)
