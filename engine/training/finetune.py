@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -13,6 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from engine.backbone.families import expected_tensors
+from engine.checkpoints.lock import only_training
+from engine.checkpoints.processes import all_or_none
 from engine.checkpoints.store import checkpoints
 from engine.config import LadderConfig
 from engine.data.collator import IGNORE_INDEX
@@ -48,28 +51,44 @@ class _Data:
 def finetune(options: TrainOptions, echo: Echo) -> Summary:
     """Train a side network and leave adapter and summary.json in `options.output`.
 
+    Under torchrun every process trains, and the first one prints and writes.
+
     Args:
         options: what to train on what; None for model or data means the shipped one.
         echo: prints one message.
 
     Raises:
-        ValueError: an output folder that holds a finished run, a backbone or configuration that cannot be used, or data
-            that cannot be trained on (`DataError`).
+        ValueError: an output folder that holds a finished run, or in which another training runs, a backbone or
+            configuration that cannot be used, or data that cannot be trained on (`DataError`).
     """
+    arguments = _arguments(options, "cuda" if torch.cuda.is_available() else "cpu")
     output = Path(options.output)
-    check_output(output, options.overwrite, options.resume)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with contextlib.ExitStack() as held:
+
+        def take_output() -> None:
+            if output.is_dir():
+                held.enter_context(only_training(output))
+            check_output(output, options.overwrite, options.resume)
+
+        is_first = arguments.process_index == 0
+        all_or_none(take_output if is_first else None)
+        summary = _run(options, arguments, echo if is_first else lambda message: None)
+    return summary
+
+
+def _run(options: TrainOptions, arguments: LadderArguments, echo: Echo) -> Summary:
+    """Everything but the check of the output folder."""
+    output, device = Path(options.output), arguments.device
     # The cheap checks come before the expensive load.
     config = LadderConfig.preset(options.preset, reduction_factor=options.reduction_factor, seed=options.seed)
     records = _records(options)
     source = options.model or defaults.backbone_path()
-    arguments = _arguments(options, device)
-    placement = _plan(options, arguments, source, config, device, echo)
+    placement = _plan(options, arguments, source, config, echo)
     memory = PeakMemory(device)
     model = LadderForCausalLM.from_backbone(source, config, device=device, head_dtype=options.head_dtype, **placement)
     tokenizer = model.backbone.tokenizer()
     data = _tokenized(options, records, tokenizer, model)
-    echo(_describe(options, model, data, device))
+    echo(_describe(options, model, data, device.type))
     context = model.backbone.config.max_position_embeddings
     if options.max_length > context:
         echo(f"Warning: max_length {options.max_length} is beyond the {context} positions the backbone was made for.")
@@ -98,25 +117,27 @@ def finetune(options: TrainOptions, echo: Echo) -> Summary:
         peak_mib=round(memory.mib(), 1),
         trainable_parameters=_trainable(model),
         preset=options.preset,
-        device=device,
+        device=device.type,
     )
-    for number in sorted({0, len(data.heldout) // 2}):
-        echo(_generation(model, tokenizer, data.heldout[number], number))
-    summary.write(output)
+    if trainer.is_world_process_zero():
+        for number in sorted({0, len(data.heldout) // 2}):
+            echo(_generation(model, tokenizer, data.heldout[number], number))
+        summary.write(output)
     echo(_result(summary, output))
+    trainer.accelerator.end_training()
     return summary
 
 
 def _plan(
-    options: TrainOptions, arguments: LadderArguments, source: str, config: LadderConfig, device: str, echo: Echo
+    options: TrainOptions, arguments: LadderArguments, source: str, config: LadderConfig, echo: Echo
 ) -> dict[str, Any]:
     """Print the memory that the run will take; raise where that is not free.
 
     Returns:
         options of `load_backbone`.
     """
-    planner = Planner(read_shape(source), config)
-    work = workload(arguments, device, compute_dtype(device).itemsize)
+    planner, device = Planner(read_shape(source), config), arguments.device
+    work = workload(arguments, device.type, compute_dtype(device).itemsize)
     work = replace(work, eval_batch=arguments.per_device_eval_batch_size)
     placement: dict[str, Any] = {}
     free = free_bytes(device)
