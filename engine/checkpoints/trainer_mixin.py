@@ -35,6 +35,7 @@ from engine.checkpoints.state import (
     save_state,
 )
 from engine.checkpoints.store import CheckpointError, Manifest
+from engine.data.content import sampled_digest
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,13 @@ _ORDER = (  # of TrainingArguments: what the order and content of batches depend
     "dataloader_drop_last",
 )
 _OPTIMIZATION = ("optim", "learning_rate", "weight_decay", "max_grad_norm", "lr_scheduler_type", "max_steps")
+
+
+def _content(data: Any) -> str | None:
+    if hasattr(data, "digest"):
+        return data.digest()
+    is_read = isinstance(data, torch.utils.data.IterableDataset) or not isinstance(data, Sized)
+    return None if is_read else sampled_digest(data)
 
 
 def _plain(value: Any) -> Any:
@@ -141,14 +149,13 @@ class CrashSafeCheckpoints:
     def _settings_now(self) -> dict[str, Any]:
         """What the rest of a training depends on beside the checkpoint's own state.
 
-        Of data that were not tokenized here only the number of samples is known.
+        Of data that were not tokenized here the number of samples and some of them, of a stream nothing.
         """
         args, data = self.args, self.train_dataset
-        size = len(data) if isinstance(data, Sized) else None
         names = (*_ORDER, *_OPTIMIZATION)
         return {
             "processes": args.world_size,
-            "data": data.digest() if hasattr(data, "digest") else size,
+            "data": _content(data),
             **{name: _plain(getattr(args, name)) for name in names},
         }
 

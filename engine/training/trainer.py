@@ -7,6 +7,7 @@ Its checkpoints, pickled and written in place, are `engine.checkpoints.trainer_m
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from engine.checkpoints.interruption import Interruption
+from engine.checkpoints.store import Manifest
 from engine.checkpoints.trainer_mixin import CrashSafeCheckpoints
 from engine.config import LadderConfig
 from engine.data.collator import Collator
@@ -42,11 +44,13 @@ from engine.training.guards import SKIPPED_FILE, GuardedStep, SpikeWatch
 from engine.training.layer_major import LayerMajor
 from engine.training.longest_batch import LongestBatchFirst
 from engine.training.out_of_memory import TrainingMemoryError, WholeSteps, explain, is_out_of_memory, release
-from engine.training.preflight import check_free, fit_training, free_bytes, load_options, policies_of
+from engine.training.preflight import MemoryPlanError, check_free, fit_training, free_bytes, load_options, policies_of
 from engine.training.run_log import RunLog
 from engine.training.step_graph import CudaGraphs, StepGraphs, check_arguments
 from engine.training.summary import PeakMemory, StepClock
 from engine.training.training_data import prepared, training_data
+
+logger = logging.getLogger(__name__)
 
 
 class LadderMixin(CrashSafeCheckpoints):
@@ -117,6 +121,7 @@ class LadderMixin(CrashSafeCheckpoints):
         self.clock = StepClock(self.args.device, card and card.flops)
         self.peak_memory = PeakMemory(self.args.device)
         self.layer_major = LayerMajor(1)
+        self._fitted: tuple[Planner, Workload, MemoryPlan]
         self._whole_steps: WholeSteps | None = None
         self._step_losses: list[Tensor] = []
         self._step_samples: list[Any] = []
@@ -261,7 +266,7 @@ class LadderMixin(CrashSafeCheckpoints):
             CheckpointError: there is nothing to resume from, or it would not go on as it was.
             SystemExit: SIGTERM (status 143) or SIGINT (130), after a checkpoint.
         """
-        planner, work, plan = self._fit_memory()
+        self._fit_memory()
         try:
             output = super().train(*args, **kwargs)
         except (RuntimeError, MemoryError) as error:
@@ -270,7 +275,7 @@ class LadderMixin(CrashSafeCheckpoints):
             phase = release(error)
             self._return_to_whole_step()
             device, step = self.accelerator.device, self.state.global_step
-            message = explain(planner, work, plan, device, self.peak_memory.mib(), phase, step)
+            message = explain(*self._fitted, device, self.peak_memory.mib(), phase, step)
             raise TrainingMemoryError(f"{message}\n{error}") from error
         self.clock.stop()
         return output
@@ -306,8 +311,12 @@ class LadderMixin(CrashSafeCheckpoints):
             return None
         return max((part.longest for part in data), default=None)
 
-    def _fit_memory(self) -> tuple[Planner, Workload, MemoryPlan]:
-        """Choose what fits beside the loaded backbone; print what training will hold; raise where that is not free."""
+    def _fit_memory(self, taps: str | None = None) -> None:
+        """Choose what fits beside the loaded backbone; print what training will hold; raise where that is not free.
+
+        Args:
+            taps: the policy; None: as asked for.
+        """
         args, model = self.args, self.accelerator.unwrap_model(self.model)
         backbone, budget = model.backbone, getattr(args, "memory_budget", None)
         planner = Planner(backbone.config, model.ladder_config)
@@ -321,7 +330,7 @@ class LadderMixin(CrashSafeCheckpoints):
             held = torch.cuda.memory_allocated(backbone.device) if is_card else planner.plan(work, loaded).loaded_bytes
             beside = max(usable_bytes(parse_bytes(budget)) - held, 0)
             free = beside if free is None else min(beside, free)
-        plan, group = fit_training(planner, work, loaded, self._taps(), free)
+        plan, group = fit_training(planner, work, loaded, taps or self._taps(), free)
         needed = plan.peak_bytes - plan.loaded_bytes
         if self.is_world_process_zero():
             known = "unknown" if free is None else f"{free / GB:.2f} GB"
@@ -334,7 +343,24 @@ class LadderMixin(CrashSafeCheckpoints):
         model.side_network.tap_policy = plan.policies.taps
         self.layer_major = LayerMajor(self.group_tokens or group * work.rows)
         work = replace(work, group=group)
-        return planner, work, planner.plan(work, plan.policies)
+        self._fitted = planner, work, planner.plan(work, plan.policies)
+
+    def _settings_now(self) -> dict[str, Any]:
+        """Also how exactly taps are kept: of that gradients have other bits."""
+        policy = self.accelerator.unwrap_model(self.model).side_network.tap_policy
+        return super()._settings_now() | {"taps": "exact" if policy in ("device", "host") else policy}
+
+    def _check_settings(self, folder: Path, manifest: Manifest) -> None:
+        """Where "auto" would choose taps of other bits than were saved, those are kept if they fit."""
+        saved, here = manifest.settings.get("taps"), self._settings["taps"]
+        if self._taps() == "auto" and saved != here and saved in ("exact", "int8"):
+            try:
+                self._fit_memory("host" if saved == "exact" else saved)  # on the device they did not fit
+                self._settings = self._settings_now()
+            except MemoryPlanError as error:
+                logger.warning("taps were %s when %s was saved, and go on %s: %s", saved, folder, here, error)
+                manifest = replace(manifest, settings={**manifest.settings, "taps": here})
+        super()._check_settings(folder, manifest)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The stock log with the rates since the last line, peak memory so far, and the merge gates."""
