@@ -226,6 +226,7 @@ def _arguments(options: TrainOptions, device: str) -> LadderArguments:
         gradient_accumulation_steps=options.gradient_accumulation_steps,
         max_length=options.max_length,
         packing=options.packing,
+        longest_first=options.longest_first,
         optim=OPTIMIZERS[options.optimizer],
         taps=options.taps,
         memory_budget=options.budget,
