@@ -41,8 +41,8 @@ class Interruption(TrainerCallback):
 
     @property
     def exit_status(self) -> int | None:
-        """128 + the signal, once there was one in this context."""
-        number = self._received if self._agreed is None else self._agreed
+        """128 + the signal, once there was one in this context, and all processes know of it."""
+        number = self._received if self._trainer.args.world_size == 1 else self._agreed
         return None if number is None else 128 + number
 
     def __enter__(self) -> Interruption:
@@ -60,8 +60,11 @@ class Interruption(TrainerCallback):
     ) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+        late = self._received if self.exit_status is None and kind is None else None
         self._handlers = {}
         self._received = self._agreed = None
+        if late is not None:  # the others have ended training without hearing of it
+            os.kill(os.getpid(), late)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._received == number == signal.SIGINT:
@@ -85,7 +88,7 @@ class Interruption(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """Stop with a checkpoint where any process has received a signal."""
-        if self._any_received():
+        if self.any_received():
             control.should_save = True
             self.evaluation_due, control.should_evaluate = control.should_evaluate, False
             control.should_training_stop = True
@@ -100,7 +103,11 @@ class Interruption(TrainerCallback):
             raise EvaluationInterrupted
         return control
 
-    def _any_received(self) -> bool:
+    def any_received(self) -> bool:
+        """Whether a signal was received by any process; all ask together.
+
+        One that arrives while they agree is heard of the next time.
+        """
         trainer = self._trainer
         if trainer.args.world_size == 1:
             return self._received is not None

@@ -122,6 +122,7 @@ class CrashSafeCheckpoints:
     def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """The stock end, which would delete every checkpoint but the best one where only one is to be kept; after a
         signal the weights stay the last ones."""
+        self.interruption.any_received()  # since the last step
         own = self.args
         limit, best = own.save_total_limit, own.load_best_model_at_end
         own.save_total_limit, own.load_best_model_at_end = None, best and self.interruption.exit_status is None
