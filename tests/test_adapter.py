@@ -309,7 +309,7 @@ def test_a_backbone_that_is_gone_is_an_error_that_names_it(folder: Path) -> None
     edit(lambda c: c["backbone"].update(source="/nowhere/at-all"))(folder)
     with pytest.raises(
         ValueError,
-        match=r"backbone /nowhere/at-all of .*adapter could not be loaded; if it lies elsewhere, pass backbone= \(--mod",
+        match=r"backbone /nowhere/at-all of .*could not be loaded; if it lies elsewhere, pass backbone= .--model",
     ):
         LadderForCausalLM.from_pretrained(folder)
 
