@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import stat
 import subprocess
 import sys
@@ -226,6 +227,42 @@ def test_damaged_weights_are_refused(folder: Path, damage: Callable[[Path], None
         LadderForCausalLM.from_pretrained(folder, backbone=tiny_backbone())
 
 
+def test_no_flipped_bit_and_no_cut_loads_as_other_weights(tmp_path: Path) -> None:
+    """safetensors itself would load the first kind. What is not refused holds the weights that were saved."""
+    model = trained(ladder_model())
+    model.save_pretrained(tmp_path)
+    path, whole = tmp_path / WEIGHTS_NAME, (tmp_path / WEIGHTS_NAME).read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    generator = random.Random(0)
+    places = [generator.randrange(header) for _ in range(40)] + [
+        generator.randrange(header, len(whole)) for _ in range(40)
+    ]
+    damaged = [whole[:at] + bytes([whole[at] ^ 1 << generator.randrange(8)]) + whole[at + 1 :] for at in places]
+    damaged += [whole[: generator.randrange(len(whole))] for _ in range(20)] + [whole + b"\0", b""]
+    expected, refused = model.side_network.state_dict(), 0
+    for content in damaged:
+        path.write_bytes(content)
+        other = ladder_model().side_network
+        try:
+            load_adapter(tmp_path, other, tiny_backbone())
+        except ValueError as error:
+            assert WEIGHTS_NAME in str(error)
+            refused += 1
+            continue
+        assert all(torch.equal(weight, expected[name]) for name, weight in other.state_dict().items())
+    assert refused >= 90
+    path.write_bytes(damaged[-30])
+    with pytest.raises(ValueError, match=r"weights have the sha256 .*, those saved had .* is damaged; copy it again"):
+        load_adapter(tmp_path, ladder_model().side_network, tiny_backbone())
+
+
+def test_adapters_from_before_there_was_a_sha256_load(folder: Path) -> None:
+    expected = load_file(folder / WEIGHTS_NAME)
+    save_file(expected, folder / WEIGHTS_NAME, metadata={"format": "pt"})
+    loaded = LadderForCausalLM.from_pretrained(folder, backbone=tiny_backbone()).side_network.state_dict()
+    assert all(torch.equal(loaded[name], weight) for name, weight in expected.items())
+
+
 def edit(change: Callable[[dict[str, Any]], Any]) -> Callable[[Path], None]:
     def apply(folder: Path) -> None:
         content = json.loads((folder / CONFIG_NAME).read_text())
@@ -274,9 +311,21 @@ def test_a_backbone_that_is_gone_is_an_error_that_names_it(folder: Path) -> None
     edit(lambda c: c["backbone"].update(source="/nowhere/at-all"))(folder)
     with pytest.raises(
         ValueError,
-        match=r"backbone /nowhere/at-all of .*adapter could not be loaded; if it lies elsewhere, pass backbone=",
+        match=r"backbone /nowhere/at-all of .*could not be loaded; if it lies elsewhere, pass backbone= .--model",
     ):
         LadderForCausalLM.from_pretrained(folder)
+
+
+def test_a_backbone_that_was_moved_is_found_where_one_says_it_is(tmp_path: Path) -> None:
+    """As on another machine: the record's absolute path is only where it was."""
+    before, after = tiny_checkpoint(tmp_path, "llama2"), tmp_path / "moved"
+    model = trained(ladder_model(backbone=load_backbone(before)))
+    model.save_pretrained(tmp_path / "adapter")
+    before.rename(after)
+    with pytest.raises(ValueError, match=f"{before} of the adapter .* pass backbone="):
+        LadderForCausalLM.from_pretrained(tmp_path / "adapter")
+    moved = LadderForCausalLM.from_pretrained(tmp_path / "adapter", backbone=after)
+    assert torch.equal(moved(IDS).logits, model(IDS).logits)
 
 
 def test_a_folder_with_another_model_is_not_overwritten(tmp_path: Path) -> None:

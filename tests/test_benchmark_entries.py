@@ -181,7 +181,9 @@ def test_a_random_checkpoint_is_reproducible(tmp_path: Path) -> None:
 def test_registry_runs_through_pytest_benchmark() -> None:
     command = [sys.executable, "-m", "pytest", "benchmarks", "--benchmark-only", "-q", "-p", "no:cacheprovider"]
     command += ["-k", "quantize_nf4-toy and not bitsandbytes"]
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    # A process of its own, whichever worker of pytest-xdist has started it: with one it would measure nothing.
+    inherited = {name: value for name, value in os.environ.items() if name != "PYTEST_XDIST_WORKER"}
+    one_thread = inherited | {"OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False, env=one_thread)
     assert run.returncode == 0, run.stdout + run.stderr
     assert "test_speed[quantize_nf4-toy-ladder_kernels]" in run.stdout

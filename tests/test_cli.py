@@ -139,10 +139,12 @@ def test_a_training_that_was_cut_short_goes_on(quickstart: None, tmp_path: Path)
     assert {path.name for path in (tmp_path / "cut").glob("checkpoint-*")} == {"checkpoint-1"}
 
 
-def test_leaner_policies(quickstart: None, tmp_path: Path) -> None:
-    """Taps, head, packing and optimizer as asked for, in the plan and in what is trained."""
-    folder, lean = tmp_path / "out", ("--taps", "int8", "--head-dtype", "int8", "--packing")
-    result = ladder("train", "--steps", 1, "--output", folder, *lean)
+def test_leaner_policies(quickstart: None, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Taps, head, packing and optimizer as asked for, in the plan and in what is trained; the longest rows tried."""
+    folder, lean = tmp_path / "out", ("--taps", "int8", "--head-dtype", "int8", "--packing", "--longest-first")
+    with caplog.at_level("INFO", "engine.training.longest_batch"):
+        result = ladder("train", "--steps", 1, "--output", folder, *lean)
+    assert "the longest batches fit" in caplog.text
     assert result.exit_code == 0, result.output
     assert "taps as int8; head int8; embedding on the host; adamw" in result.output
     assert re.search(r"Packed        24 samples in \d rows of .* full", result.output)

@@ -128,6 +128,25 @@ def test_a_signal_saves_and_leaves(
         assert torch.equal(weight, uninterrupted[name]), name
 
 
+def test_a_step_that_is_saved_is_not_saved_again(tmp_path: Path, uninterrupted: dict[str, torch.Tensor]) -> None:
+    """Interrupted twice in one evaluation: the checkpoint stays as it is, and still says that it is due."""
+    before = None
+    for _ in range(2):
+        made = trainer(tmp_path)
+        sends(made, "evaluation", [2], signal.SIGTERM)
+        with pytest.raises(SystemExit) as left:
+            made.train(resume_from_checkpoint=before is not None)
+        (checkpoint,) = tmp_path.glob("checkpoint-*")
+        files = {path: (path.stat().st_ino, path.read_bytes()) for path in checkpoint.iterdir()}
+        assert (left.value.code, made.state.global_step) == (143, 2)
+        assert before in (None, files)
+        before = files
+    again = trainer(tmp_path)
+    again.train(resume_from_checkpoint=True)
+    assert [line["step"] for line in again.state.log_history if "eval_loss" in line] == [2, 4, 6, 8]
+    assert all(torch.equal(weight, uninterrupted[name]) for name, weight in weights(again).items())
+
+
 def test_a_second_interrupt_leaves_at_once(tmp_path: Path) -> None:
     made = trainer(tmp_path)
     sends(made, "forward", [3, 4], signal.SIGINT)

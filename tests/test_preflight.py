@@ -91,10 +91,12 @@ def test_training_is_planned_for_the_longest_sample(tmp_path: Path) -> None:
     args = LadderArguments(output_dir=str(tmp_path), use_cpu=True, max_length=1024, per_device_eval_batch_size=2)
     rows = [{"input_ids": list(range(1, n)), "labels": list(range(1, n))} for n in (9, 31, 14)]
     trainer = LadderTrainer(model, args, train_dataset=rows[:1], eval_dataset={"a": rows[1:], "b": rows[:1]})
-    _, work, _ = trainer._fit_memory()
+    trainer._fit_memory()
+    _, work, _ = trainer._fitted
     assert (work.tokens, work.eval_batch) == (30, 2)
     trainer = LadderTrainer(model, args, train_dataset=Raw())
-    _, work, _ = trainer._fit_memory()
+    trainer._fit_memory()
+    _, work, _ = trainer._fitted
     assert (work.tokens, work.eval_batch) == (1024, 0)
 
 

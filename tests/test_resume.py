@@ -7,6 +7,7 @@ import resource
 import shutil
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -227,7 +228,8 @@ def test_nothing_starts_over_silently(make: Callable[..., LadderTrainer], tmp_pa
         ({"max_steps": 50}, "max_steps was 5 and is 50"),
         ({"optim": "adamw_torch_8bit"}, "optim was 'adamw_torch_fused' and is"),
         ({"train_sampling_strategy": "sequential"}, "train_sampling_strategy was 'random' and is 'sequential'"),
-        ({"taps": "none"}, r"trained tensors in \d groups, here are \d+ in \d: resume with the taps policy"),
+        ({"taps": "none"}, "taps was 'exact' and is 'none'"),
+        ({"taps": "int8"}, "taps was 'exact' and is 'int8'"),
     ],
 )
 def test_another_training_is_not_resumed(
@@ -238,6 +240,77 @@ def test_another_training_is_not_resumed(
         make(tmp_path, **options).train(resume_from_checkpoint=True)
     if "seed" in options:
         make(tmp_path, ignore_data_skip=True, **options).train(resume_from_checkpoint=True)
+
+
+class Samples(torch.utils.data.Dataset):
+    """Tokens of which the trainer sees only what it is given."""
+
+    def __init__(self, first: int) -> None:
+        self.first = first
+
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        ids = list(range(index + 1, index + 9))
+        return {"input_ids": torch.tensor([self.first, *ids]), "labels": [5, *ids]}
+
+
+def test_data_that_were_not_tokenized_here_are_compared_by_samples(
+    make: Callable[..., LadderTrainer], tmp_path: Path
+) -> None:
+    make(tmp_path, Samples(1), callbacks=[StopAt(1)]).train()
+    with pytest.raises(CheckpointError, match=r"data was '16:.* and is '16:"):
+        make(tmp_path, Samples(2)).train(resume_from_checkpoint=True)
+    assert make(tmp_path, Samples(1), max_steps=STEPS).train(resume_from_checkpoint=True).global_step == STEPS
+
+
+@pytest.fixture
+def free(make: Callable[..., LadderTrainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """What is free, and what is needed with either policy."""
+    trainer, given = make(tmp_path / "unused"), {"now": 1 << 40}
+    monkeypatch.setattr("engine.training.trainer.free_bytes", lambda device: given["now"])
+    for policy in ("device", "int8"):
+        trainer._fit_memory(policy)
+        planner, work, chosen = trainer._fitted
+        plan = planner.plan(replace(work, group=1), chosen.policies)
+        given[policy] = plan.peak_bytes - plan.loaded_bytes
+    assert given["int8"] < given["device"]
+    return given
+
+
+def test_resuming_keeps_the_taps_that_were_chosen(
+    make: Callable[..., LadderTrainer], tmp_path: Path, free: dict[str, int]
+) -> None:
+    """Chosen when little memory was free: with more of it "auto" would choose other bits."""
+    expected = make(tmp_path / "whole", taps="int8")
+    expected.train()
+    free["now"] = free["int8"]
+    first = make(tmp_path, callbacks=[StopAt(2)])
+    first.train()
+    assert first.model.side_network.tap_policy == "int8"
+    free["now"] = 1 << 40
+    with pytest.raises(CheckpointError, match="taps was 'int8' and is 'exact'"):
+        make(tmp_path, taps="device").train(resume_from_checkpoint=True)
+    resumed = make(tmp_path)
+    resumed.train(resume_from_checkpoint=True)
+    assert resumed.model.side_network.tap_policy == "int8"
+    assert_same_end(resumed, expected)
+
+
+def test_taps_that_fit_no_more_go_on_leaner_with_a_warning(
+    make: Callable[..., LadderTrainer],
+    whole: LadderTrainer,
+    tmp_path: Path,
+    free: dict[str, int],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    free["now"] = free["int8"]
+    resumed = make(copy(whole, tmp_path, 2))
+    resumed.train(resume_from_checkpoint=True)
+    assert "taps were exact when" in caplog.text and "and go on int8: training would need" in caplog.text
+    assert (resumed.state.global_step, resumed.model.side_network.tap_policy) == (STEPS, "int8")
+    assert store.read_manifest(tmp_path / f"checkpoint-{STEPS}").settings["taps"] == "int8"
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="limits the size of files")

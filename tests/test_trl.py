@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -118,6 +119,18 @@ def test_packed_documents_do_not_see_each_other(tmp_path: Path) -> None:
         count += length - 1
     assert model(**{name: batch[name] for name in batch}).loss.item() == pytest.approx(total / count, rel=1e-5)
     assert trainer.train().global_step == 3
+
+
+@pytest.mark.parametrize("options", [{}, {"packing": True}], ids=["rows", "packed"])
+def test_a_skipped_step_names_its_rows(tmp_path: Path, options: dict[str, Any]) -> None:
+    trainer = sft(tmp_path, TEXTS, max_steps=1, max_length=24, **options)
+    with torch.no_grad():
+        trainer.model.side_network.side_up.fill_(float("nan"))
+    trainer.train()
+    record = json.loads((tmp_path / "skipped_steps.jsonl").read_text())
+    named = [set(batch) for batch in record["samples"]]
+    assert [len(batch) for batch in named] == [2, 2]
+    assert len(named[0] | named[1]) == 4 and named[0] | named[1] <= set(range(1, len(trainer.train_dataset) + 1))
 
 
 def test_checkpoints_hold_the_side_network(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import signal
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -16,6 +17,10 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from transformers import TrainerCallback
 
 from engine import LadderArguments, LadderConfig, LadderForCausalLM, LadderTrainer, load_backbone
+from engine.checkpoints.processes import all_or_none
+from engine.checkpoints.store import checkpoints
+from engine.data.dataset import prepare_dataset
+from engine.data.packing import PackedDataset
 
 RAGGED = [{"prompt": "q" * (1 + i % 5), "completion": "ab" * (1 + (7 * i) % 11)} for i in range(24)]
 HELDOUT = RAGGED[:7]  # not a multiple of processes x batch, and the first ones are not like the others
@@ -132,6 +137,51 @@ def resume(backbone: Path, folder: Path, rank: int, processes: int) -> tuple[dic
     return weights, {"status": status, "stopped_at": cut.state.global_step, "steps": again.state.global_step}
 
 
+def signal_while_agreeing(
+    backbone: Path, folder: Path, rank: int, processes: int, at: int, **more: Any
+) -> dict[str, Any]:
+    """What becomes of a SIGTERM that one process receives when it has just told the others that it has none."""
+    case, calls, late = Case("agree", 2, torch.float32), 0, []
+    trainer = made(case, backbone, folder / f"agree-{at}", processes, [], **more)
+
+    def gather(flag: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        if rank == 1 and calls == at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return trainer.accelerator.gather(flag)
+
+    before = signal.signal(signal.SIGTERM, lambda number, frame: late.append(number))
+    trainer.interruption._trainer = SimpleNamespace(args=trainer.args, accelerator=SimpleNamespace(gather=gather))
+    status = None
+    try:
+        trainer.train()
+    except SystemExit as left:
+        status = left.code
+    signal.signal(signal.SIGTERM, before)
+    saved = [step for step, _ in checkpoints(Path(trainer.args.output_dir))]
+    return {"status": status, "stopped_at": trainer.state.global_step, "late": len(late), "saved": saved}
+
+
+def told_together(rank: int) -> str:
+    """What a process hears of another one's failure."""
+
+    def fail() -> None:
+        raise ValueError("only the first one knows")
+
+    try:
+        all_or_none(fail if rank == 0 else None)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def packed_heldout(trainer: LadderTrainer) -> PackedDataset:
+    backbone = trainer.model.backbone
+    limits = {"max_length": 32, "vocab_size": backbone.config.vocab_size}
+    return PackedDataset(prepare_dataset(HELDOUT, backbone.tokenizer(), **limits), 32)
+
+
 def train(case: Case, backbone: Path, folder: Path, processes: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Gradients of the first step and weights after the last, and the numbers that the run gave."""
     probe = Probe()
@@ -145,6 +195,7 @@ def train(case: Case, backbone: Path, folder: Path, processes: int) -> tuple[dic
         "grad_norms": [line["grad_norm"] for line in logged],
         "eval_loss": trainer.evaluate()["eval_loss"],
         "test_loss": trainer.predict(HELDOUT).metrics["test_loss"],
+        "packed_loss": trainer.evaluate(packed_heldout(trainer))["eval_loss"],
         "reduced_bytes": probe.reduced_bytes,
         "buckets": probe.buckets,
         "storages": probe.storages,
@@ -164,6 +215,11 @@ def main(backbone: Path, folder: Path) -> None:
         found, numbers[case.name] = train(case, backbone, folder / f"output-{rank}", processes)
         tensors |= {f"{case.name}.{name}": value for name, value in found.items()}
     found, numbers["resume"] = resume(backbone, folder / "resume", rank, processes)
+    numbers["agreed"] = {
+        str(at): signal_while_agreeing(backbone, folder, rank, processes, at, save_strategy="no")
+        for at in (1, STEPS, STEPS + 1)
+    }
+    numbers["told"] = {"message": told_together(rank)}
     save_file(tensors | found, folder / f"{rank}.safetensors")
     (folder / f"{rank}.json").write_text(json.dumps(numbers))
     torch.distributed.destroy_process_group()

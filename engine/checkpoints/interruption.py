@@ -44,10 +44,8 @@ class Interruption(TrainerCallback):
 
     @property
     def exit_status(self) -> int | None:
-        """128 + the signal, once there was one in this context."""
-        if self.leader is not None:
-            return self.leader.exit_status
-        number = self._received if self._agreed is None else self._agreed
+        """128 + the signal, once there was one in this context, and all who train together know of it."""
+        number = self._acted_on if self._trainer.args.world_size == 1 else self._agreed
         return None if number is None else 128 + number
 
     def agree(self) -> None:
@@ -73,8 +71,11 @@ class Interruption(TrainerCallback):
     ) -> None:
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
+        late = self._received if self.exit_status is None and kind is None else None
         self._handlers = {}
         self._received = self._agreed = None
+        if late is not None:  # the others have ended training without hearing of it
+            os.kill(os.getpid(), late)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self._received == number == signal.SIGINT:
@@ -98,7 +99,7 @@ class Interruption(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> TrainerControl:
         """Stop with a checkpoint where any process has received a signal."""
-        if self._any_received():
+        if self.any_received():
             control.should_save = True
             self.evaluation_due, control.should_evaluate = control.should_evaluate, False
             control.should_training_stop = True
@@ -113,7 +114,11 @@ class Interruption(TrainerCallback):
             raise EvaluationInterrupted
         return control
 
-    def _any_received(self) -> bool:
+    def any_received(self) -> bool:
+        """Whether a signal was received by any process; all ask together.
+
+        One that arrives while they agree is heard of the next time.
+        """
         trainer = self._trainer
         if trainer.args.world_size == 1:
             return self._acted_on is not None

@@ -6,6 +6,7 @@ is in it, and goes on silently without a part that is missing.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import uuid
@@ -24,6 +25,8 @@ from transformers.trainer_utils import SaveStrategy, TrainOutput
 
 from engine.checkpoints import store
 from engine.checkpoints.interruption import EvaluationInterrupted, Interruption
+from engine.checkpoints.lock import only_training
+from engine.checkpoints.processes import all_or_none
 from engine.checkpoints.state import (
     load_optimizer_state,
     load_state,
@@ -32,6 +35,7 @@ from engine.checkpoints.state import (
     save_state,
 )
 from engine.checkpoints.store import CheckpointError, Manifest
+from engine.data.content import sampled_digest
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +49,13 @@ _ORDER = (  # of TrainingArguments: what the order and content of batches depend
     "dataloader_drop_last",
 )
 _OPTIMIZATION = ("optim", "learning_rate", "weight_decay", "max_grad_norm", "lr_scheduler_type", "max_steps")
+
+
+def _content(data: Any) -> str | None:
+    if hasattr(data, "digest"):
+        return data.digest()
+    is_read = isinstance(data, torch.utils.data.IterableDataset) or not isinstance(data, Sized)
+    return None if is_read else sampled_digest(data)
 
 
 def _plain(value: Any) -> Any:
@@ -72,12 +83,21 @@ class CrashSafeCheckpoints:
                 that one.
 
         Raises:
+            FolderInUseError: another training writes into `output_dir`.
             CheckpointError: there is none, the folder is damaged, or training goes on with other data, batches or
                 processes, so that the result would be another (`ignore_data_skip` accepts that).
             SystemExit: SIGTERM (status 143) or SIGINT (130), after a checkpoint.
         """
+        with contextlib.ExitStack() as held:
+            lock = only_training(self.args.output_dir)
+            # The process that writes is one, or one of each machine.
+            all_or_none((lambda: held.enter_context(lock)) if self.args.should_save else None)
+            return self._train_alone(resume_from_checkpoint, *args, **kwargs)
+
+    def _train_alone(self, wanted: str | bool | None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """The stock training, of the only one that writes into its folder."""
         self.last_saved_step = None
-        resume = self._checkpoint_to_resume(resume_from_checkpoint)
+        resume = self._checkpoint_to_resume(wanted)
         with self.interruption:
             try:
                 output = super().train(None if resume is None else str(resume), *args, **kwargs)
@@ -102,6 +122,7 @@ class CrashSafeCheckpoints:
     def _finalize_training(self, *args: Any, **kwargs: Any) -> TrainOutput:
         """The stock end, which would delete every checkpoint but the best one where only one is to be kept; after a
         signal the weights stay the last ones."""
+        self.interruption.any_received()  # since the last step
         own = self.args
         limit, best = own.save_total_limit, own.load_best_model_at_end
         own.save_total_limit, own.load_best_model_at_end = None, best and self.interruption.exit_status is None
@@ -129,14 +150,13 @@ class CrashSafeCheckpoints:
     def _settings_now(self) -> dict[str, Any]:
         """What the rest of a training depends on beside the checkpoint's own state.
 
-        Of data that were not tokenized here only the number of samples is known.
+        Of data that were not tokenized here the number of samples and some of them, of a stream nothing.
         """
         args, data = self.args, self.train_dataset
-        size = len(data) if isinstance(data, Sized) else None
         names = (*_ORDER, *_OPTIMIZATION)
         return {
             "processes": args.world_size,
-            "data": data.digest() if hasattr(data, "digest") else size,
+            "data": _content(data),
             **{name: _plain(getattr(args, name)) for name in names},
         }
 

@@ -36,6 +36,10 @@ def train(
     packing: Annotated[
         bool | None, typer.Option("--packing", help="Fill rows of --max-length tokens with whole samples.")
     ] = None,
+    longest_first: Annotated[
+        bool | None,
+        typer.Option("--longest-first", help="Try the longest samples first, for memory to run out at once."),
+    ] = None,
     gradient_accumulation_steps: Annotated[
         int | None, typer.Option("--gradient-accumulation-steps", "--gradient-accumulation", help="Passes per step.")
     ] = None,

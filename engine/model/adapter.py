@@ -1,7 +1,7 @@
 """The adapter folder: what a trained side network is saved as, and strict loading of it.
 
     ladder_config.json     format version, `LadderConfig`, and which backbone it was trained beside
-    ladder.safetensors     the side network's weights, fp32
+    ladder.safetensors     the side network's weights, fp32, and in its metadata a sha256 over them
     README.md              model card
     tokenizer files, chat template     where a tokenizer is given
 
@@ -12,6 +12,7 @@ holds half a file.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Collection, Mapping
@@ -147,7 +148,9 @@ def save_adapter(
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     replace_file(folder / "README.md", model_card(config, record, sum(t.numel() for t in tensors.values())).encode())
-    replace_file(folder / WEIGHTS_NAME, serialize_tensors(tensors, metadata={"format": "pt"}))
+    # In the same file as what it is of: no crash comes between the two. safetensors itself loads flipped bits.
+    metadata = {"format": "pt", "sha256": _digest(tensors)}
+    replace_file(folder / WEIGHTS_NAME, serialize_tensors(tensors, metadata=metadata))
     replace_file(folder / CONFIG_NAME, (json.dumps(content, indent=2) + "\n").encode())
 
 
@@ -202,7 +205,7 @@ def load_adapter(folder: str | Path, side_network: SideNetwork, backbone: Backbo
 
     Raises:
         ValueError: another backbone, another configuration, or weights that are missing, unexpected, of another shape
-            or dtype, or not finite.
+            or dtype, not finite, or not those that were saved (files from before that was recorded are taken as found).
     """
     folder = Path(folder)
     record = read_adapter(folder)
@@ -253,9 +256,24 @@ def _read_weights(path: Path, expected: Mapping[str, Tensor]) -> dict[str, Tenso
                     raise ValueError(
                         f"{path}: tensor {name} holds NaN or infinity; the file is damaged or training diverged"
                     )
+            saved, found = (file.metadata() or {}).get("sha256"), _digest(weights)
+            if saved not in (None, found):
+                raise ValueError(
+                    f"{path}: its weights have the sha256 {found[:12]}..., those saved had {saved[:12]}...: the file "
+                    "is damaged; copy it again, or take it from a checkpoint"
+                )
             return weights
     except SafetensorError as error:
         raise ValueError(f"{path}: not a complete safetensors file: {error}") from error
+
+
+def _digest(weights: Mapping[str, Tensor]) -> str:
+    """sha256 over names and bytes of contiguous tensors on the CPU."""
+    hashed = hashlib.sha256()
+    for name in sorted(weights):
+        hashed.update(name.encode() + b"\0")
+        hashed.update(weights[name].numpy().data)
+    return hashed.hexdigest()
 
 
 def _check_keys(values: Any, expected: Collection[str]) -> None:

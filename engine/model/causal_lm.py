@@ -155,7 +155,7 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
             except ValueError as error:
                 raise ValueError(
                     f"the backbone {source} of the adapter {folder} could not be loaded; if it lies elsewhere, "
-                    f"pass backbone=: {error}"
+                    f"pass backbone= (--model of the command): {error}"
                 ) from error
         check_backbone(record, backbone, folder)
         model = cls.from_backbone(backbone, record.config)

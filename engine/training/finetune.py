@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,6 +14,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from engine.backbone.families import expected_tensors
+from engine.checkpoints.lock import only_training
+from engine.checkpoints.processes import all_or_none
 from engine.checkpoints.store import checkpoints
 from engine.config import LadderConfig
 from engine.data.collator import IGNORE_INDEX
@@ -51,24 +54,39 @@ class TrainData:
 def finetune(options: TrainOptions, echo: Echo) -> Summary:
     """Train a side network and leave adapter and summary.json in `options.output`.
 
+    Under torchrun every process trains, and the first one prints and writes.
+
     Args:
         options: what to train on what; None for model or data means the shipped one.
         echo: prints one message.
 
     Raises:
-        ValueError: an output folder that holds a finished run, a backbone or configuration that cannot be used, or data
-            that cannot be trained on (`DataError`).
+        ValueError: an output folder that holds a finished run, or in which another training runs, a backbone or
+            configuration that cannot be used, or data that cannot be trained on (`DataError`).
     """
+    arguments = training_arguments(options)
     output = Path(options.output)
-    check_output(output, options.overwrite, options.resume)
-    memory = PeakMemory(device_type())
-    trainer, data = build_trainer(options, echo)
+    is_first = arguments.process_index == 0
+    with contextlib.ExitStack() as held:
+
+        def take() -> None:
+            take_output(output, held)
+            check_output(output, options.overwrite, options.resume)
+
+        all_or_none(take if is_first else None)
+        return _run(options, arguments, echo if is_first else lambda message: None)
+
+
+def _run(options: TrainOptions, arguments: LadderArguments, echo: Echo) -> Summary:
+    """Everything but the check of the output folder."""
+    memory = PeakMemory(arguments.device)
+    trainer, data = build_trainer(options, arguments, echo)
     model, tokenizer = trainer.model, trainer.processing_class
     before = trainer.evaluate()["eval_loss"]
     echo(f"Held-out loss before training: {before:.4f}")
     steps = trainer.train(resume_from_checkpoint=options.resume or None).global_step
     after = trainer.evaluate()["eval_loss"]
-    trainer.save_model(str(output))
+    trainer.save_model(options.output)
     summary = Summary(
         heldout_loss_before=before,
         heldout_loss_after=after,
@@ -78,18 +96,15 @@ def finetune(options: TrainOptions, echo: Echo) -> Summary:
         peak_mib=round(memory.mib(), 1),
         trainable_parameters=_trainable(model),
         preset=options.preset,
-        device=device_type(),
+        device=arguments.device.type,
     )
-    for number in sorted({0, len(data.heldout) // 2}):
-        echo(_generation(model, tokenizer, data.heldout[number], number))
-    summary.write(output)
-    echo(_result(summary, output))
+    if trainer.is_world_process_zero():
+        for number in sorted({0, len(data.heldout) // 2}):
+            echo(_generation(model, tokenizer, data.heldout[number], number))
+        summary.write(Path(options.output))
+    echo(_result(summary, Path(options.output)))
+    trainer.accelerator.end_training()
     return summary
-
-
-def device_type() -> str:
-    """Where training runs."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def side_config(options: TrainOptions) -> LadderConfig:
@@ -98,30 +113,33 @@ def side_config(options: TrainOptions) -> LadderConfig:
 
 
 def build_trainer(
-    options: TrainOptions, echo: Echo, sweep: Sequence[Mapping[str, Any]] | None = None
+    options: TrainOptions,
+    arguments: LadderArguments,
+    echo: Echo,
+    sweep: Sequence[Mapping[str, Any]] | None = None,
 ) -> tuple[LadderTrainer, TrainData]:
     """Backbone, data and trainer of a run, described to the user.
 
     Args:
         options: what to train on what.
+        arguments: those of the options.
         echo: prints one message.
         sweep: of a sweep, what its members have different.
 
     Raises:
         ValueError: as `finetune`.
     """
-    device = device_type()
     # The cheap checks come before the expensive load.
-    config, arguments = side_config(options), training_arguments(options)
+    config, device = side_config(options), arguments.device
     entries = [] if sweep is None else sweep_entries(sweep, config, arguments)
     records = _records(options)
     source = options.model or defaults.backbone_path()
     configs = [entry.config for entry in entries] or [config]
-    placement = _plan(options, arguments, source, configs, device, echo)
+    placement = _plan(options, arguments, source, configs, echo)
     model = LadderForCausalLM.from_backbone(source, config, device=device, head_dtype=options.head_dtype, **placement)
     tokenizer = model.backbone.tokenizer()
     data = _tokenized(options, records, tokenizer, model)
-    echo(_describe(options, model, data, device))
+    echo(_describe(options, model, data, device.type))
     context = model.backbone.config.max_position_embeddings
     if options.max_length > context:
         echo(f"Warning: max_length {options.max_length} is beyond the {context} positions the backbone was made for.")
@@ -144,7 +162,6 @@ def _plan(
     arguments: LadderArguments,
     source: str,
     configs: Sequence[LadderConfig],
-    device: str,
     echo: Echo,
 ) -> dict[str, Any]:
     """Print the memory that the run will take; raise where that is not free.
@@ -152,8 +169,8 @@ def _plan(
     Returns:
         options of `load_backbone`.
     """
-    planner = Planner(read_shape(source), configs[0], beside=tuple(configs[1:]))
-    work = workload(arguments, device, compute_dtype(device).itemsize)
+    planner, device = Planner(read_shape(source), configs[0], beside=tuple(configs[1:])), arguments.device
+    work = workload(arguments, device.type, compute_dtype(device).itemsize)
     work = replace(work, eval_batch=arguments.per_device_eval_batch_size)
     placement: dict[str, Any] = {}
     free = free_bytes(device)
@@ -167,6 +184,12 @@ def _plan(
     if not arguments.ignore_memory_plan:
         check_free(planner, work, plan.policies, plan.peak_bytes, free)
     return placement
+
+
+def take_output(output: Path, held: contextlib.ExitStack) -> None:
+    """Keep other trainings out of a folder that is there, as long as `held` lasts."""
+    if output.is_dir():
+        held.enter_context(only_training(output))
 
 
 def check_output(output: Path, overwrite: bool, resume: bool = False) -> None:
@@ -233,7 +256,7 @@ def _tokenized(
 
 def training_arguments(options: TrainOptions) -> LadderArguments:
     """The trainer's arguments of the options."""
-    device = device_type()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     steps = options.steps or -1
     return LadderArguments(
         output_dir=options.output,
@@ -244,6 +267,7 @@ def training_arguments(options: TrainOptions) -> LadderArguments:
         gradient_accumulation_steps=options.gradient_accumulation_steps,
         max_length=options.max_length,
         packing=options.packing,
+        longest_first=options.longest_first,
         optim=OPTIMIZERS[options.optimizer],
         taps=options.taps,
         memory_budget=options.budget,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import yaml
 
 from engine.checkpoints.store import checkpoints
-from engine.training.finetune import Echo, build_trainer, check_output, side_config, training_arguments
+from engine.training.finetune import Echo, build_trainer, check_output, side_config, take_output, training_arguments
 from engine.training.options import TrainOptions
 from engine.training.sweep import MEMBER_FILE, SWEEP_FILE, MemberResult
 from engine.training.sweep_entries import cartesian, sweep_entries
@@ -27,11 +28,13 @@ def finetune_sweep(options: TrainOptions, sweep: Sequence[Mapping[str, Any]], ec
     Raises:
         ValueError: as `engine.training.finetune.finetune`, or a sweep that cannot be.
     """
-    output = Path(options.output)
-    names = [entry.name for entry in sweep_entries(sweep, side_config(options), training_arguments(options))]
-    _check_output(output, names, options.overwrite, options.resume)
-    trainer, _ = build_trainer(options, echo, sweep)
-    trainer.train(resume_from_checkpoint=options.resume or None)
+    output, arguments = Path(options.output), training_arguments(options)
+    names = [entry.name for entry in sweep_entries(sweep, side_config(options), arguments)]
+    with contextlib.ExitStack() as held:
+        take_output(output, held)
+        _check_output(output, names, options.overwrite, options.resume)
+        trainer, _ = build_trainer(options, arguments, echo, sweep)
+        trainer.train(resume_from_checkpoint=options.resume or None)
     best = trainer.sweep.members.index(trainer.sweep.best)
     echo(
         f"Best          {names[best]}\n"

@@ -34,6 +34,7 @@ class TrainOptions:
         seed: of initial weights, order and held-out share.
         batch_size: samples in one pass, or rows with packing.
         packing: as many whole samples as fit into rows of max_length tokens.
+        longest_first: try the longest samples before the first step, so that too little memory shows at once.
         gradient_accumulation_steps: passes per optimizer step.
         reduction_factor: backbone width over side width.
         overwrite: replace a run in `output`, finished or not.
@@ -57,6 +58,7 @@ class TrainOptions:
     seed: int = 0
     batch_size: int = 4
     packing: bool = False
+    longest_first: bool = False
     gradient_accumulation_steps: int = 4
     reduction_factor: int = 16
     overwrite: bool = False
@@ -91,6 +93,7 @@ _TYPES: dict[str, type] = {
     "seed": int,
     "batch_size": int,
     "packing": bool,
+    "longest_first": bool,
     "gradient_accumulation_steps": int,
     "reduction_factor": int,
     "overwrite": bool,

@@ -17,9 +17,12 @@ from engine.model.causal_lm import LadderForCausalLM
 from engine.training.trainer import LadderMixin
 
 try:
+    from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 except ImportError as error:
     raise ImportError(f"engine.training.sft needs trl: pip install 'ladder-engine[trl]' ({error})") from error
+
+SAMPLE_ID = "sample_id"
 
 
 class DocumentCollator(Collator):
@@ -67,6 +70,7 @@ class LadderSFTTrainer(LadderMixin, SFTTrainer):
         super().__init__(model, args, data_collator, *rest, **others)
         if data_collator is None:
             self.data_collator = DocumentCollator()
+        self.train_dataset = _numbered(self.train_dataset)
 
     def _default_collator(self) -> None:
         """None: trl refuses any collator beside packing, so ours takes its place afterwards."""
@@ -77,18 +81,32 @@ class LadderSFTTrainer(LadderMixin, SFTTrainer):
         """The data as they are: trl tokenizes them."""
         return data
 
+    def _set_signature_columns_if_needed(self) -> None:
+        """trl's columns, and the number of a row, which reports name."""
+        super()._set_signature_columns_if_needed()
+        if SAMPLE_ID not in self._signature_columns:
+            self._signature_columns.append(SAMPLE_ID)
+
     def _send_telemetry(self) -> None:
         """Nothing: trl would report the use of its trainer."""
 
 
+def _numbered(data: Any) -> Any:
+    """A `datasets.Dataset` with the number of each row, counted from 1: the user's rows, or packed ones."""
+    if not isinstance(data, Dataset) or SAMPLE_ID in data.column_names:
+        return data
+    return data.add_column(SAMPLE_ID, list(range(1, len(data) + 1)))
+
+
 def _documents(sample: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """The documents of one of trl's samples, each with its input_ids and, where there are any, labels."""
+    """The documents of one of trl's samples, each with its input_ids, and labels and row number where there are any."""
     lengths = sample.get("seq_lengths")
     if lengths is None:
         return [sample]
     documents, begin = [], 0
     for length in lengths:
         parts = (name for name in ("input_ids", "labels") if name in sample)
-        documents.append({name: sample[name][begin : begin + length] for name in parts})
+        number = {SAMPLE_ID: sample[SAMPLE_ID]} if SAMPLE_ID in sample else {}
+        documents.append({name: sample[name][begin : begin + length] for name in parts} | number)
         begin += length
     return documents

@@ -7,7 +7,9 @@ Its checkpoints, pickled and written in place, are `engine.checkpoints.trainer_m
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from transformers import PreTrainedTokenizerBase, Trainer, TrainingArguments
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from engine.checkpoints.interruption import Interruption
+from engine.checkpoints.store import Manifest
 from engine.checkpoints.trainer_mixin import CrashSafeCheckpoints
 from engine.config import LadderConfig
 from engine.data.collator import Collator
@@ -30,13 +33,15 @@ from engine.training.guards import SKIPPED_FILE, GuardedStep, SpikeWatch
 from engine.training.layer_major import LayerMajor
 from engine.training.longest_batch import LongestBatchFirst
 from engine.training.out_of_memory import TrainingMemoryError, WholeSteps, explain, is_out_of_memory, release
-from engine.training.preflight import Fit, fit_memory, load_options
+from engine.training.preflight import Fit, MemoryPlanError, fit_memory, load_options
 from engine.training.run_log import RunLog
 from engine.training.step_graph import CudaGraphs, StepGraphs, check_arguments
 from engine.training.summary import PeakMemory, StepClock
 from engine.training.sweep import Sweep
 from engine.training.sweep_entries import sweep_entries
 from engine.training.training_data import prepared, training_data
+
+logger = logging.getLogger(__name__)
 
 
 class LadderMixin(CrashSafeCheckpoints):
@@ -119,6 +124,7 @@ class LadderMixin(CrashSafeCheckpoints):
         self.clock = StepClock(self.args.device, card and card.flops)
         self.peak_memory = PeakMemory(self.args.device)
         self.layer_major = LayerMajor(1)
+        self._fitted: Fit
         self._whole_steps: WholeSteps | None = None
         self._step_losses: list[Tensor] = []
         self._step_samples: list[Any] = []
@@ -266,7 +272,7 @@ class LadderMixin(CrashSafeCheckpoints):
         """
         if self.sweep is not None:
             return self.sweep.train(*args, **kwargs)
-        fit = self._fit_memory()
+        self._fit_memory()
         try:
             output = super().train(*args, **kwargs)
         except (RuntimeError, MemoryError) as error:
@@ -275,7 +281,7 @@ class LadderMixin(CrashSafeCheckpoints):
             phase = release(error)
             self._return_to_whole_step()
             device, step = self.accelerator.device, self.state.global_step
-            message = explain(*fit, device, self.peak_memory.mib(), phase, step)
+            message = explain(*self._fitted, device, self.peak_memory.mib(), phase, step)
             raise TrainingMemoryError(f"{message}\n{error}") from error
         self.clock.stop()
         return output
@@ -303,13 +309,33 @@ class LadderMixin(CrashSafeCheckpoints):
         # A graph replays copies into host memory that others own by then.
         return "device" if taps == "auto" and self.step_graphs is not None else taps
 
-    def _fit_memory(self) -> Fit:
-        """Choose what fits beside the loaded backbone, in a sweep what fits for all; raise where that is not free."""
+    def _fit_memory(self, taps: str | None = None) -> None:
+        """Choose what fits beside the loaded backbone, in a sweep what fits for all; raise where that is not free.
+
+        Args:
+            taps: the policy; None: as asked for.
+        """
         model = self.accelerator.unwrap_model(self.model)
-        fit = self.fit_of_sweep or fit_memory(self, [model.ladder_config], self._taps())
-        model.side_network.tap_policy = fit.plan.policies.taps
-        self.layer_major = LayerMajor(self.group_tokens or fit.work.pass_rows)
-        return fit
+        self._fitted = self.fit_of_sweep or fit_memory(self, [model.ladder_config], taps or self._taps())
+        model.side_network.tap_policy = self._fitted.plan.policies.taps
+        self.layer_major = LayerMajor(self.group_tokens or self._fitted.work.pass_rows)
+
+    def _settings_now(self) -> dict[str, Any]:
+        """Also how exactly taps are kept: of that gradients have other bits."""
+        policy = self.accelerator.unwrap_model(self.model).side_network.tap_policy
+        return super()._settings_now() | {"taps": "exact" if policy in ("device", "host") else policy}
+
+    def _check_settings(self, folder: Path, manifest: Manifest) -> None:
+        """Where "auto" would choose taps of other bits than were saved, those are kept if they fit."""
+        saved, here = manifest.settings.get("taps"), self._settings["taps"]
+        if self._taps() == "auto" and saved != here and saved in ("exact", "int8"):
+            try:
+                self._fit_memory("host" if saved == "exact" else saved)  # on the device they did not fit
+                self._settings = self._settings_now()
+            except MemoryPlanError as error:
+                logger.warning("taps were %s when %s was saved, and go on %s: %s", saved, folder, here, error)
+                manifest = replace(manifest, settings={**manifest.settings, "taps": here})
+        super()._check_settings(folder, manifest)
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """The stock log with the rates since the last line, peak memory so far, and the merge gates."""

@@ -1,0 +1,34 @@
+"""What a data set holds, as far as a few of its samples tell."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+SAMPLED = 16
+
+
+def sampled_digest(data: Any) -> str:
+    """Length of a data set with places to index, and sha256 over `SAMPLED` samples from the first to the last.
+
+    Another length, order, tokenizer or template is seen, and so is another cut or mask; a change of samples in between
+    is not. Samples that are not the same each time they are asked for (drawn masks, say) leave the length alone.
+    """
+    places = sorted(set(np.linspace(0, len(data) - 1, min(SAMPLED, len(data))).astype(int).tolist()))
+    first, again = (hashlib.sha256("\n".join(_text(data[place]) for place in places).encode()) for _ in range(2))
+    return f"{len(data)}:{first.hexdigest() if first.digest() == again.digest() else 'drawn'}"
+
+
+def _text(value: Any) -> str:
+    """As JSON; of what cannot be written so its type."""
+    return json.dumps(value, default=_plain)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return dict(value)
+    return value.tolist() if hasattr(value, "tolist") else type(value).__name__
