@@ -269,7 +269,7 @@ def test_data_that_were_not_tokenized_here_are_compared_by_samples(
 def free(make: Callable[..., LadderTrainer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """What is free, and what is needed with either policy."""
     trainer, given = make(tmp_path / "unused"), {"now": 1 << 40}
-    monkeypatch.setattr("engine.training.trainer.free_bytes", lambda device: given["now"])
+    monkeypatch.setattr("engine.training.preflight.free_bytes", lambda device: given["now"])
     for policy in ("device", "int8"):
         trainer._fit_memory(policy)
         planner, work, chosen = trainer._fitted
