@@ -6,18 +6,18 @@ from collections.abc import Callable
 
 from transformers import PreTrainedTokenizerBase
 
-from benchmarks.quality.tasks.classify import classify
-from benchmarks.quality.tasks.docstring import docstring
-from benchmarks.quality.tasks.hops import hops, hops_steps
-from benchmarks.quality.tasks.prose import prose
+from benchmarks.quality.tasks.classify import classify_task
+from benchmarks.quality.tasks.docstring import docstring_task
+from benchmarks.quality.tasks.hops import hops_steps_task, hops_task
+from benchmarks.quality.tasks.prose import prose_task
 from benchmarks.quality.tasks.samples import Example, Sample, TaskData
 
 __all__ = ["TASKS", "Example", "Sample", "TaskData"]
 
 TASKS: dict[str, Callable[[PreTrainedTokenizerBase, int], TaskData]] = {
-    "docstring": docstring,
-    "prose": prose,
-    "hops": hops,
-    "hops_steps": hops_steps,
-    "classify": classify,
+    "docstring": docstring_task,
+    "prose": prose_task,
+    "hops": hops_task,
+    "hops_steps": hops_steps_task,
+    "classify": classify_task,
 }

@@ -21,14 +21,14 @@ from engine.quickstart.docstrings import documented_functions
 
 LABELS = dict(zip(PACKAGES, (" A", " B", " C", " D", " E"), strict=True))
 QUESTION = "\n# Package:"
-TRAIN_PER_CLASS, HELDOUT_PER_CLASS = 800, 40
-MAX_PER_FILE, MAX_FILE_CHARACTERS = 12, 40_000  # of larger files only a little would be used
+TRAIN_PER_CLASS, HELDOUT_PER_CLASS = 500, 40
+MAX_PER_FILE, MAX_FILE_CHARACTERS = 16, 100_000  # of a larger file only a little would be used
 MIN_LINES, MAX_CODE_TOKENS = 3, 120
 SPLIT_SEED = 0
 GIVEAWAY = re.compile(rf"\w*(?:{'|'.join(PACKAGES)}|huggingface|aten)\w*|\b(?:np|nx|npt|tl|hf)\b", re.IGNORECASE)
 
 
-def classify(tokenizer: PreTrainedTokenizerBase, seed: int) -> TaskData:
+def classify_task(tokenizer: PreTrainedTokenizerBase, seed: int) -> TaskData:
     """Functions to train on, in the seed's order, and 40 held-out ones of every package; groups are packages."""
     question = tokenizer(QUESTION, add_special_tokens=False)["input_ids"]
 

@@ -11,7 +11,7 @@ from engine.data.dataset import prepare_dataset
 from engine.quickstart.defaults import QUICKSTART, heldout_path, train_path
 
 
-def docstring(tokenizer: PreTrainedTokenizerBase, seed: int) -> TaskData:
+def docstring_task(tokenizer: PreTrainedTokenizerBase, seed: int) -> TaskData:
     """3,430 functions to train on, in the seed's order, and 300 held out; the loss is on the docstring."""
     train = _samples(train_path(), tokenizer)
     random.Random(seed).shuffle(train)

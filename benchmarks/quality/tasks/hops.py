@@ -71,12 +71,12 @@ class Problem:
         return [f" {value}" for value in self.written]
 
 
-def hops(tokenizer: PreTrainedTokenizerBase, seed: int) -> TaskData:
+def hops_task(tokenizer: PreTrainedTokenizerBase, seed: int) -> TaskData:
     """Only the result is written; groups "hops=k"."""
     return _task(tokenizer, seed, {k: [k] for k in range(1, MAX_HOPS + 1)})
 
 
-def hops_steps(tokenizer: PreTrainedTokenizerBase, seed: int) -> TaskData:
+def hops_steps_task(tokenizer: PreTrainedTokenizerBase, seed: int) -> TaskData:
     """Every m that divides k; groups "hops=k,written=n" with n = k / m values in the answer."""
     return _task(tokenizer, seed, {k: [m for m in range(1, k + 1) if k % m == 0] for k in range(1, MAX_HOPS + 1)})
 

@@ -1,8 +1,8 @@
 """Task 2: English prose, where the backbone has read code: Python's reference manual and the manuals inside packages.
 
-The prose paragraphs of Python's `pydoc_data.topics` and of the docstrings of installed packages; neither is part of
-what the shipped and the smaller backbones were pretrained on. Split by topic and by file; a held-out paragraph that
-occurs in training as well is dropped. Loss on every token, in windows of 256.
+The prose paragraphs of Python's `pydoc_data.topics`, which no backbone has read, and of the docstrings of installed
+packages, which only backbones larger than the shipped one have, their held-out part left out. Split by topic and by
+file; a held-out paragraph that occurs in training as well is dropped. Loss on every token, in windows of 256.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from pydoc_data.topics import topics
 
 from transformers import PreTrainedTokenizerBase
 
-from benchmarks.quality.sources import PACKAGES, package_files
+from benchmarks.quality.sources import package_files
 from benchmarks.quality.tasks.samples import Sample, TaskData
 from engine.data.dataset import prepare_dataset
 from engine.quickstart.corpus import is_heldout
 
+MANUALS = ("transformers", "numpy", "sympy", "networkx")  # written for users; most of torch's is not
 WINDOW = 256
 HELDOUT_WINDOWS = 128
 MIN_WORDS = 15  # of a paragraph; shorter ones are headings and lists of parameters
@@ -29,13 +30,12 @@ _DOCSTRING = re.compile(r'"""(.+?)"""', re.DOTALL)
 _WORD = re.compile(r"[A-Za-z][a-z']*[,.;:]?")
 
 
-def prose(tokenizer: PreTrainedTokenizerBase, seed: int) -> TaskData:
-    """Windows to train on, in the seed's order, and 128 held-out ones of documents chosen once."""
-    train, heldout = split_documents()
+def prose_task(tokenizer: PreTrainedTokenizerBase, seed: int) -> TaskData:
+    """Windows to train on, in the seed's order, and 128 held-out ones chosen once."""
+    train, heldout = (_windows(documents, tokenizer) for documents in split_documents())
+    random.Random(seed).shuffle(train)
     random.Random(SPLIT_SEED).shuffle(heldout)
-    windows = _windows(train, tokenizer)
-    random.Random(seed).shuffle(windows)
-    return TaskData(windows, _windows(heldout, tokenizer)[:HELDOUT_WINDOWS], [])
+    return TaskData(train, heldout[:HELDOUT_WINDOWS], [])
 
 
 def split_documents() -> tuple[list[str], list[str]]:
@@ -51,7 +51,7 @@ def _texts() -> Iterator[tuple[str, list[str]]]:
     """(name, prose paragraphs) of every topic and of every file of the packages."""
     for topic, text in sorted(topics.items()):
         yield f"topics/{topic}", _paragraphs(text)
-    for package in PACKAGES:
+    for package in MANUALS:
         for file in package_files(package):
             docstrings = map(inspect.cleandoc, _DOCSTRING.findall(file.text))
             yield file.module, [paragraph for text in docstrings for paragraph in _paragraphs(text)]

@@ -1,0 +1,227 @@
+"""Tasks and backbones of the quality benchmark: what is learned, that nothing held out leaks, right answers, the cache."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from checkpoints import tiny_tokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
+
+from benchmarks.quality import backbones
+from benchmarks.quality.backbones import SHIPPED, SIZES, Size, backbone_folder
+from benchmarks.quality.sources import PACKAGES, package_files
+from benchmarks.quality.tasks import TASKS, Sample, TaskData
+from benchmarks.quality.tasks.classify import GIVEAWAY, LABELS, split_functions
+from benchmarks.quality.tasks.hops import MODULUS, hops_steps_task
+from benchmarks.quality.tasks.prose import split_documents
+from engine.quickstart import pretrain
+from engine.quickstart.corpus import SourceFile, is_heldout, standard_library
+from engine.quickstart.defaults import backbone_path
+
+TOY = Size("toy", 32, 1, 1, 1, 32, 64, tokens=2 * 16 * pretrain.CONTEXT)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> PreTrainedTokenizerBase:
+    return AutoTokenizer.from_pretrained(backbone_path())
+
+
+@pytest.fixture(scope="module")
+def data(tokenizer: PreTrainedTokenizerBase) -> dict[str, TaskData]:
+    """Every task with seed 0, made once."""
+    return {name: task(tokenizer, 0) for name, task in TASKS.items()}
+
+
+def learned(sample: Sample) -> list[int]:
+    return [label for label in sample.labels if label != -100]
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_rows_fit_and_are_learned_where_they_say(name: str, data: dict[str, TaskData]) -> None:
+    for sample in [*data[name].train, *data[name].heldout]:
+        assert len(sample.input_ids) == len(sample.labels) <= 256
+        assert sample.labels[0] == -100 and learned(sample), "the first token cannot be predicted, others have to be"
+        assert all(label in (-100, token) for token, label in zip(sample.input_ids, sample.labels, strict=True))
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_enough_to_train_on_and_little_to_evaluate(name: str, data: dict[str, TaskData]) -> None:
+    assert len(data[name].train) >= 2500
+    assert 64 <= len(data[name].heldout) <= 300
+    assert bool(data[name].examples) == (name in ("hops", "hops_steps", "classify"))
+
+
+@pytest.mark.parametrize("name", ["docstring", "hops", "hops_steps"])
+def test_a_seed_gives_the_same_data_again_and_never_moves_what_is_held_out(
+    name: str, data: dict[str, TaskData], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    assert TASKS[name](tokenizer, 0) == data[name]
+    other = TASKS[name](tokenizer, 1)
+    assert other.train != data[name].train
+    assert (other.heldout, other.examples) == (data[name].heldout, data[name].examples)
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_no_heldout_row_is_trained_on(name: str, data: dict[str, TaskData]) -> None:
+    trained = {tuple(sample.input_ids) for sample in data[name].train}
+    assert not [sample for sample in data[name].heldout if tuple(sample.input_ids) in trained]
+
+
+def test_prose_shares_no_paragraph_with_training_and_its_topics_with_no_backbone() -> None:
+    train, heldout = ({p for text in part for p in text.strip().split("\n\n")} for part in split_documents())
+    assert not train & heldout
+    assert not [file.path for file in standard_library() if "pydoc_data" in file.path.parts]
+
+
+def test_classification_shares_no_function_with_training_and_no_name_tells() -> None:
+    train, heldout = split_functions()
+    assert not train.keys() & heldout.keys()
+    for functions in (train, heldout):
+        counts = [list(functions.values()).count(package) for package in PACKAGES]
+        assert len(set(counts)) == 1, f"classes are not equally frequent: {counts}"
+        assert not [code for code in functions if GIVEAWAY.search(code)]
+
+
+def test_the_label_is_one_token_and_nothing_else_is_learned(
+    data: dict[str, TaskData], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    labels = {tokenizer.convert_tokens_to_ids(label.replace(" ", "Ġ")) for label in LABELS.values()}
+    assert len(labels) == len(PACKAGES)
+    for sample in data["classify"].train:
+        assert sample.labels[-1] in labels and set(sample.labels[:-1]) == {-100}
+
+
+@pytest.mark.parametrize("name", ["hops", "hops_steps"])
+def test_answers_agree_with_python(name: str, data: dict[str, TaskData], tokenizer: PreTrainedTokenizerBase) -> None:
+    for example in data[name].examples:
+        problem, _, stride = tokenizer.decode(example.prompt).removesuffix(" =").partition(" : ")
+        start, *steps = problem.split()
+        answer = tokenizer.decode(example.answer).split()
+        stride, hops = int(stride), len(steps) // 2
+        for place in range(len(answer)):
+            first = steps[: 2 * stride * (place + 1)]
+            # Brackets from the left: Python itself would multiply first.
+            text = "(" * (len(first) // 2) + start
+            text += "".join(f"{sign}{operand})" for sign, operand in zip(first[::2], first[1::2], strict=True))
+            assert eval(text) % MODULUS == int(answer[place])
+        assert len(answer) == hops // stride
+        assert example.group == f"hops={hops}" + (f",written={len(answer)}" if name == "hops_steps" else "")
+
+
+@pytest.mark.parametrize("name", ["hops", "hops_steps"])
+def test_no_heldout_problem_is_trained_on(
+    name: str, data: dict[str, TaskData], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Whatever is written of it."""
+
+    def problems(samples: list[list[int]]) -> set[str]:
+        lines = [line for ids in samples for line in tokenizer.decode(ids).strip().split("\n")]
+        return {line.partition(" :")[0] for line in lines if len(line.partition(" :")[0].split()) > 3}
+
+    trained = problems([sample.input_ids for sample in data[name].train])
+    heldout = problems([sample.input_ids for sample in data[name].heldout])
+    assert heldout and not trained & (heldout | problems([example.prompt for example in data[name].examples]))
+
+
+def test_a_row_of_hops_is_learned_at_its_answers_only(
+    data: dict[str, TaskData], tokenizer: PreTrainedTokenizerBase
+) -> None:
+    for sample in data["hops_steps"].train[:50]:
+        lines = tokenizer.decode(sample.input_ids).strip().split("\n")
+        answers = [word for line in lines for word in line.partition("=")[2].split()]
+        assert tokenizer.decode(learned(sample)).split() == answers
+
+
+def test_a_tokenizer_that_splits_a_digit_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"' 0' is 2 tokens of this tokenizer"):
+        hops_steps_task(tiny_tokenizer(), 0)
+
+
+def test_every_size_has_about_the_parameters_of_its_name() -> None:
+    for name, size in SIZES.items():
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(size.pretraining().config)
+        assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(float(name[:-1]), rel=0.03)
+
+
+def test_the_shipped_size_is_what_is_shipped() -> None:
+    folder = backbone_folder(SHIPPED, Path("never made"))
+    backbones._check(folder, SIZES[SHIPPED].pretraining())
+    assert json.loads((folder / "training.json").read_text())["tokens"] == SIZES[SHIPPED].tokens
+
+
+def test_files_are_read_by_larger_backbones_without_their_heldout_part() -> None:
+    assert {file.module.split("/")[0] for file in backbones._files(SIZES["12M"])} >= set(PACKAGES)
+    assert {file.path for file in backbones._files(SIZES["1.3M"])} == {file.path for file in standard_library()}
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch) -> list[SourceFile]:
+    """A size that is pretrained in a moment, on a few files."""
+    files = standard_library()[:20]
+    monkeypatch.setitem(SIZES, "toy", TOY)
+    monkeypatch.setattr(backbones, "_files", lambda size: files)
+    monkeypatch.setattr(pretrain, "heldout_loss", lambda model, stream: 0.0)
+    return files
+
+
+def test_a_backbone_is_made_once_and_the_same_each_time(
+    toy: list[SourceFile], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    folders = [backbone_folder("toy", tmp_path / name) for name in "ab"]
+    weights = [AutoModelForCausalLM.from_pretrained(folder).state_dict() for folder in folders]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert AutoTokenizer.from_pretrained(folders[0]).get_vocab() == tokenizer.get_vocab()
+    monkeypatch.setattr(backbones, "pretrain", None)
+    assert backbone_folder("toy", tmp_path / "a") == folders[0]
+
+
+def test_a_run_that_was_cut_off_leaves_nothing_that_is_taken(
+    toy: list[SourceFile], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save = pretrain.save
+
+    def cut_off(*args: object) -> None:
+        save(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pretrain, "save", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        backbone_folder("toy", tmp_path)
+    (tmp_path / ".toy-killed" / "toy").mkdir(parents=True)  # as a killed process leaves it
+    assert not (tmp_path / "toy").exists()
+    monkeypatch.setattr(pretrain, "save", save)
+    assert json.loads((backbone_folder("toy", tmp_path) / "training.json").read_text())["steps"] == 2
+
+
+def test_another_backbone_under_the_name_is_refused(
+    toy: list[SourceFile], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    backbone_folder("toy", tmp_path)
+    monkeypatch.setitem(SIZES, "toy", Size("toy", 32, 1, 1, 1, 32, 64, tokens=TOY.tokens * 2))
+    with pytest.raises(ValueError, match="after 2 steps; expected .* after 4: delete the folder"):
+        backbone_folder("toy", tmp_path)
+    with pytest.raises(ValueError, match="no backbone of size '7B'; expected one of 0.8M, 1.3M"):
+        backbone_folder("7B", tmp_path)
+
+
+def test_pretraining_never_reads_a_heldout_module(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    read: list[list[str]] = []
+    stream = pretrain.token_stream
+
+    def recorded(files: list[SourceFile], *args: object) -> object:
+        read.append([file.module for file in files])
+        return stream(files, *args)
+
+    monkeypatch.setattr(pretrain, "token_stream", recorded)
+    monkeypatch.setattr(pretrain, "optimized", lambda *args: iter(()))
+    package = list(package_files("networkx"))[:60]
+    pretrain.pretrain(tmp_path, TOY.pretraining(), package, tokenizer)
+    trained, heldout = read
+    assert trained and heldout and sorted([*trained, *heldout]) == sorted(file.module for file in package)
+    assert not any(map(is_heldout, trained)) and all(map(is_heldout, heldout))
