@@ -1,4 +1,4 @@
-"""Tasks and backbones of the quality benchmark: what is learned, that nothing held out leaks, right answers, the cache."""
+"""Tasks and backbones of the quality benchmark: what is learned, no leak, right answers, the cache of backbones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from benchmarks.quality.backbones import SHIPPED, SIZES, Size, backbone_folder
 from benchmarks.quality.sources import PACKAGES, package_files
 from benchmarks.quality.tasks import TASKS, Sample, TaskData
 from benchmarks.quality.tasks.classify import GIVEAWAY, LABELS, split_functions
-from benchmarks.quality.tasks.hops import MODULUS, hops_steps_task
+from benchmarks.quality.tasks.hops import TABLE_HOPS, hops_steps_task
 from benchmarks.quality.tasks.prose import split_documents
 from engine.quickstart import pretrain
 from engine.quickstart.corpus import SourceFile, is_heldout, standard_library
@@ -33,6 +33,11 @@ def tokenizer() -> PreTrainedTokenizerBase:
 def data(tokenizer: PreTrainedTokenizerBase) -> dict[str, TaskData]:
     """Every task with seed 0, made once."""
     return {name: task(tokenizer, 0) for name, task in TASKS.items()}
+
+
+@pytest.fixture(scope="module")
+def library() -> list[SourceFile]:
+    return standard_library()
 
 
 def learned(sample: Sample) -> list[int]:
@@ -54,11 +59,14 @@ def test_enough_to_train_on_and_little_to_evaluate(name: str, data: dict[str, Ta
     assert bool(data[name].examples) == (name in ("hops", "hops_steps", "classify"))
 
 
-@pytest.mark.parametrize("name", ["docstring", "hops", "hops_steps"])
+@pytest.mark.parametrize("name", TASKS)
 def test_a_seed_gives_the_same_data_again_and_never_moves_what_is_held_out(
-    name: str, data: dict[str, TaskData], tokenizer: PreTrainedTokenizerBase
+    name: str, data: dict[str, TaskData], tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert TASKS[name](tokenizer, 0) == data[name]
+    monkeypatch.setattr("benchmarks.quality.tasks.hops.TRAIN_ROWS", 100)
+    again = TASKS[name](tokenizer, 0)
+    assert again.train == data[name].train[: len(again.train)]
+    assert (again.heldout, again.examples) == (data[name].heldout, data[name].examples)
     other = TASKS[name](tokenizer, 1)
     assert other.train != data[name].train
     assert (other.heldout, other.examples) == (data[name].heldout, data[name].examples)
@@ -70,10 +78,10 @@ def test_no_heldout_row_is_trained_on(name: str, data: dict[str, TaskData]) -> N
     assert not [sample for sample in data[name].heldout if tuple(sample.input_ids) in trained]
 
 
-def test_prose_shares_no_paragraph_with_training_and_its_topics_with_no_backbone() -> None:
+def test_prose_shares_no_paragraph_with_training_and_its_topics_with_no_backbone(library: list[SourceFile]) -> None:
     train, heldout = ({p for text in part for p in text.strip().split("\n\n")} for part in split_documents())
     assert not train & heldout
-    assert not [file.path for file in standard_library() if "pydoc_data" in file.path.parts]
+    assert not [file.path for file in library if "pydoc_data" in file.path.parts]
 
 
 def test_classification_shares_no_function_with_training_and_no_name_tells() -> None:
@@ -95,18 +103,17 @@ def test_the_label_is_one_token_and_nothing_else_is_learned(
 
 
 @pytest.mark.parametrize("name", ["hops", "hops_steps"])
-def test_answers_agree_with_python(name: str, data: dict[str, TaskData], tokenizer: PreTrainedTokenizerBase) -> None:
+def test_answers_follow_the_cup(name: str, data: dict[str, TaskData], tokenizer: PreTrainedTokenizerBase) -> None:
+    """Solved the other way round: all three cups are moved, and the marked one is looked for at the end."""
     for example in data[name].examples:
         problem, _, stride = tokenizer.decode(example.prompt).removesuffix(" =").partition(" : ")
-        start, *steps = problem.split()
-        answer = tokenizer.decode(example.answer).split()
-        stride, hops = int(stride), len(steps) // 2
-        for place in range(len(answer)):
-            first = steps[: 2 * stride * (place + 1)]
-            # Brackets from the left: Python itself would multiply first.
-            text = "(" * (len(first) // 2) + start
-            text += "".join(f"{sign}{operand})" for sign, operand in zip(first[::2], first[1::2], strict=True))
-            assert eval(text) % MODULUS == int(answer[place])
+        start, *swaps = problem.split()
+        answer, stride, hops = tokenizer.decode(example.answer).split(), int(stride), len(swaps) // 2
+        cups = {place: place == start for place in "abc"}
+        for done, (first, second) in enumerate(zip(swaps[::2], swaps[1::2], strict=True), 1):
+            cups[first], cups[second] = cups[second], cups[first]
+            if done % stride == 0:
+                assert cups[answer[done // stride - 1]]
         assert len(answer) == hops // stride
         assert example.group == f"hops={hops}" + (f",written={len(answer)}" if name == "hops_steps" else "")
 
@@ -115,11 +122,13 @@ def test_answers_agree_with_python(name: str, data: dict[str, TaskData], tokeniz
 def test_no_heldout_problem_is_trained_on(
     name: str, data: dict[str, TaskData], tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Whatever is written of it."""
+    """Whatever is written of it, and in whichever order a swap names its places."""
 
-    def problems(samples: list[list[int]]) -> set[str]:
+    def problems(samples: list[list[int]]) -> set[tuple[str, ...]]:
         lines = [line for ids in samples for line in tokenizer.decode(ids).strip().split("\n")]
-        return {line.partition(" :")[0] for line in lines if len(line.partition(" :")[0].split()) > 3}
+        words = [line.partition(" :")[0].split() for line in lines]
+        swaps = [(w[0], *("".join(sorted(w[i : i + 2])) for i in range(1, len(w), 2))) for w in words]
+        return {problem for problem in swaps if len(problem) > 1 + TABLE_HOPS}
 
     trained = problems([sample.input_ids for sample in data[name].train])
     heldout = problems([sample.input_ids for sample in data[name].heldout])
@@ -136,7 +145,7 @@ def test_a_row_of_hops_is_learned_at_its_answers_only(
 
 
 def test_a_tokenizer_that_splits_a_digit_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"' 0' is 2 tokens of this tokenizer"):
+    with pytest.raises(ValueError, match=r"' a' is 2 tokens of this tokenizer"):
         hops_steps_task(tiny_tokenizer(), 0)
 
 
@@ -153,15 +162,19 @@ def test_the_shipped_size_is_what_is_shipped() -> None:
     assert json.loads((folder / "training.json").read_text())["tokens"] == SIZES[SHIPPED].tokens
 
 
-def test_files_are_read_by_larger_backbones_without_their_heldout_part() -> None:
-    assert {file.module.split("/")[0] for file in backbones._files(SIZES["12M"])} >= set(PACKAGES)
-    assert {file.path for file in backbones._files(SIZES["1.3M"])} == {file.path for file in standard_library()}
+def test_only_backbones_larger_than_the_shipped_one_read_packages(
+    library: list[SourceFile], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backbones, "PACKAGES", ("networkx",))
+    monkeypatch.setattr(backbones, "standard_library", lambda: library[:3])
+    assert backbones._files(SIZES["1.3M"]) == library[:3]
+    assert backbones._files(SIZES["12M"]) == [*library[:3], *package_files("networkx")]
 
 
 @pytest.fixture
-def toy(monkeypatch: pytest.MonkeyPatch) -> list[SourceFile]:
+def toy(library: list[SourceFile], monkeypatch: pytest.MonkeyPatch) -> list[SourceFile]:
     """A size that is pretrained in a moment, on a few files."""
-    files = standard_library()[:20]
+    files = [file for file in library if len(file.text) < 4000][:20]
     monkeypatch.setitem(SIZES, "toy", TOY)
     monkeypatch.setattr(backbones, "_files", lambda size: files)
     monkeypatch.setattr(pretrain, "heldout_loss", lambda model, stream: 0.0)
@@ -202,9 +215,9 @@ def test_another_backbone_under_the_name_is_refused(
 ) -> None:
     backbone_folder("toy", tmp_path)
     monkeypatch.setitem(SIZES, "toy", Size("toy", 32, 1, 1, 1, 32, 64, tokens=TOY.tokens * 2))
-    with pytest.raises(ValueError, match="after 2 steps; expected .* after 4: delete the folder"):
+    with pytest.raises(ValueError, match=r"after 2 steps; expected .* after 4: delete the folder"):
         backbone_folder("toy", tmp_path)
-    with pytest.raises(ValueError, match="no backbone of size '7B'; expected one of 0.8M, 1.3M"):
+    with pytest.raises(ValueError, match=r"no backbone of size '7B'; expected one of 0\.8M, 1\.3M"):
         backbone_folder("7B", tmp_path)
 
 

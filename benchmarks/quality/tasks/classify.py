@@ -11,6 +11,7 @@ import random
 import re
 import warnings
 from collections.abc import Iterable
+from functools import cache
 
 from transformers import PreTrainedTokenizerBase
 
@@ -23,7 +24,7 @@ LABELS = dict(zip(PACKAGES, (" A", " B", " C", " D", " E"), strict=True))
 QUESTION = "\n# Package:"
 TRAIN_PER_CLASS, HELDOUT_PER_CLASS = 500, 40
 MAX_PER_FILE, MAX_FILE_CHARACTERS = 16, 100_000  # of a larger file only a little would be used
-MIN_LINES, MAX_CODE_TOKENS = 3, 120
+MIN_LINES, MAX_CODE_CHARACTERS = 3, 320
 SPLIT_SEED = 0
 GIVEAWAY = re.compile(rf"\w*(?:{'|'.join(PACKAGES)}|huggingface|aten)\w*|\b(?:np|nx|npt|tl|hf)\b", re.IGNORECASE)
 
@@ -36,7 +37,7 @@ def classify_task(tokenizer: PreTrainedTokenizerBase, seed: int) -> TaskData:
         codes = tokenizer(list(functions), add_special_tokens=False)["input_ids"]
         table = single_tokens(tokenizer, LABELS.values())
         return [
-            (code[:MAX_CODE_TOKENS] + question, [table[LABELS[package]]], package)
+            (code + question, [table[LABELS[package]]], package)
             for code, package in zip(codes, functions.values(), strict=True)
         ]
 
@@ -49,6 +50,7 @@ def classify_task(tokenizer: PreTrainedTokenizerBase, seed: int) -> TaskData:
     )
 
 
+@cache
 def split_functions() -> tuple[dict[str, str], dict[str, str]]:
     """Training and held-out functions, each with its package; none occurs in both, or in two packages."""
     train: dict[str, str] = {}
@@ -63,11 +65,11 @@ def split_functions() -> tuple[dict[str, str], dict[str, str]]:
 
 
 def _functions(files: Iterable[SourceFile], known: set[str], count: int) -> list[str]:
-    """The first `count` functions that are not known, names that give them away replaced, a few of each file."""
+    """The heads of `count` functions that are not known, names that tell replaced, a few of each file."""
     found: dict[str, None] = {}
     for file in files:
         with warnings.catch_warnings(action="ignore", category=SyntaxWarning):  # of escapes in the packages' strings
-            codes = [GIVEAWAY.sub("lib", code) for code, _ in documented_functions(file.text)]
+            codes = [GIVEAWAY.sub("lib", code)[:MAX_CODE_CHARACTERS] for code, _ in documented_functions(file.text)]
         fresh = [code for code in codes if code not in known and code.count("\n") + 1 >= MIN_LINES]
         found.update(dict.fromkeys(fresh[:MAX_PER_FILE]))
         if len(found) >= count:

@@ -1,14 +1,16 @@
-"""Task 3: arithmetic modulo 5, one operation after the other, whose depth is a dial; with and without written steps.
+"""Task 3: following one of three cups through swaps, one after the other: depth is a dial; with and without steps.
 
-A problem is a start and k operations, each "+ a" or "* a", which do not commute: who writes only the result has to
-compose k of them on the way up through the layers. With steps, the value after every m-th operation is written, so m is
-the depth of one written step; the prompt names it. Accuracy by (k, m) tells how few steps a method must write.
+A problem is a place and k swaps of two places each. Swaps do not commute (the word problem of the group S_3), so who
+writes only the result has to compose k of them on the way up through the layers. With steps, the place after every m-th
+swap is written, so m is the depth of one written step; the prompt names it. Accuracy by (k, m) tells how few steps a
+method must write.
 
-    3 + 4 * 2 + 1 * 3 : 4 = 0            k = 4, m = 4: no steps
-    3 + 4 * 2 + 1 * 3 : 2 = 4 0          k = 4, m = 2
+    b a c b a c b : 3 = c            k = 3, m = 3: no steps
+    b a c b a c b : 1 = b a c        k = 3, m = 1
 
-A problem of two or more operations is held out or not by a hash of its text; a single operation is the table itself,
-which has to be known. A row holds several problems, so that a training step sees more than sixteen digits.
+A problem of three or more swaps is held out or not by a hash of what it does, in whichever order a swap names its
+places. There are 9 problems of one swap and 27 of two: this is the table that has to be known, all of it trained on. A
+row holds several problems, so that a training step sees more than sixteen answers. Chance is 1 in 3.
 """
 
 from __future__ import annotations
@@ -22,53 +24,51 @@ from transformers import PreTrainedTokenizerBase
 
 from benchmarks.quality.tasks.samples import Example, Sample, TaskData, row, single_tokens
 
-MODULUS = 5
+PLACES = ("a", "b", "c")
 MAX_HOPS = 6
-OPERATIONS = [("+", a) for a in range(1, MODULUS)] + [("*", a) for a in range(2, MODULUS)]
-PIECES = [
-    "\n",
-    *map(str, range(MODULUS)),
-    *(f" {n}" for n in range(max(MODULUS, MAX_HOPS + 1))),
-    " +",
-    " *",
-    " :",
-    " =",
-]
+TABLE_HOPS = 2  # up to here nothing is held out
 PROBLEMS_PER_ROW = 8
 TRAIN_ROWS, HELDOUT_ROWS, EXAMPLES = 6400, 64, 210
 HELDOUT_SEED = 1 << 40  # beyond the seeds that anyone gives to a training
+PIECES = ("\n", *PLACES, *(f" {place}" for place in PLACES), *(f" {m}" for m in range(1, MAX_HOPS + 1)), " :", " =")
 
 
 @dataclass(frozen=True)
 class Problem:
-    """A start, operations on it, and after how many of them a value is written."""
+    """Where the cup is at first, the swaps, and after how many of them its place is written."""
 
-    start: int
-    operations: tuple[tuple[str, int], ...]
+    start: str
+    swaps: tuple[tuple[str, str], ...]
     stride: int
 
     @property
-    def written(self) -> list[int]:
-        """The value after every `stride` operations; the last is the result."""
-        values, value = [], self.start
-        for operator, operand in self.operations:
-            value = (value + operand if operator == "+" else value * operand) % MODULUS
-            values.append(value)
-        return values[self.stride - 1 :: self.stride]
+    def written(self) -> list[str]:
+        """The place after every `stride` swaps; the last is the result."""
+        places, place = [], self.start
+        for first, second in self.swaps:
+            place = {first: second, second: first}.get(place, place)
+            places.append(place)
+        return places[self.stride - 1 :: self.stride]
 
     @property
     def is_heldout(self) -> bool:
-        """True for about one problem in ten, whatever its stride; never for a single operation."""
-        text = f"{self.start}{self.operations}"
-        return len(self.operations) > 1 and hashlib.sha256(text.encode()).digest()[0] % 10 == 0
+        """True for about one problem in ten, whatever its stride; never within the table."""
+        text = f"{self.start}{[sorted(swap) for swap in self.swaps]}"
+        return len(self.swaps) > TABLE_HOPS and hashlib.sha256(text.encode()).digest()[0] % 10 == 0
 
     def prompt(self) -> list[str]:
         """Pieces of text, one token each."""
-        steps = [piece for operator, operand in self.operations for piece in (f" {operator}", f" {operand}")]
-        return ["\n", str(self.start), *steps, " :", f" {self.stride}", " ="]
+        return [
+            "\n",
+            self.start,
+            *(f" {place}" for swap in self.swaps for place in swap),
+            " :",
+            f" {self.stride}",
+            " =",
+        ]
 
     def answer(self) -> list[str]:
-        return [f" {value}" for value in self.written]
+        return [f" {place}" for place in self.written]
 
 
 def hops_task(tokenizer: PreTrainedTokenizerBase, seed: int) -> TaskData:
@@ -77,7 +77,7 @@ def hops_task(tokenizer: PreTrainedTokenizerBase, seed: int) -> TaskData:
 
 
 def hops_steps_task(tokenizer: PreTrainedTokenizerBase, seed: int) -> TaskData:
-    """Every m that divides k; groups "hops=k,written=n" with n = k / m values in the answer."""
+    """Every m that divides k; groups "hops=k,written=n" with n = k / m places in the answer."""
     return _task(tokenizer, seed, {k: [m for m in range(1, k + 1) if k % m == 0] for k in range(1, MAX_HOPS + 1)})
 
 
@@ -108,7 +108,7 @@ def _task(tokenizer: PreTrainedTokenizerBase, seed: int, strides: Mapping[int, S
 def _problem(rng: random.Random, hops: int, stride: int, is_heldout: bool) -> Problem:
     """A random problem of one side of the split."""
     while True:
-        operations = tuple(rng.choice(OPERATIONS) for _ in range(hops))
-        problem = Problem(rng.randrange(MODULUS), operations, stride)
-        if hops == 1 or problem.is_heldout == is_heldout:
+        swaps = tuple((first, second) for first, second in (rng.sample(PLACES, 2) for _ in range(hops)))
+        problem = Problem(rng.choice(PLACES), swaps, stride)
+        if hops <= TABLE_HOPS or problem.is_heldout == is_heldout:
             return problem

@@ -11,6 +11,7 @@ import inspect
 import random
 import re
 from collections.abc import Iterator
+from functools import cache
 from pydoc_data.topics import topics
 
 from transformers import PreTrainedTokenizerBase
@@ -38,6 +39,7 @@ def prose_task(tokenizer: PreTrainedTokenizerBase, seed: int) -> TaskData:
     return TaskData(train, heldout[:HELDOUT_WINDOWS], [])
 
 
+@cache
 def split_documents() -> tuple[list[str], list[str]]:
     """Training and held-out documents, their paragraphs separated by blank lines; no paragraph occurs twice."""
     train, heldout = [], []
