@@ -69,7 +69,8 @@ def _functions(files: Iterable[SourceFile], known: set[str], count: int) -> list
     found: dict[str, None] = {}
     for file in files:
         with warnings.catch_warnings(action="ignore", category=SyntaxWarning):  # of escapes in the packages' strings
-            codes = [GIVEAWAY.sub("lib", code)[:MAX_CODE_CHARACTERS] for code, _ in documented_functions(file.text)]
+            heads = [code[: 2 * MAX_CODE_CHARACTERS] for code, _ in documented_functions(file.text)]
+        codes = [GIVEAWAY.sub("lib", head)[:MAX_CODE_CHARACTERS] for head in heads]
         fresh = [code for code in codes if code not in known and code.count("\n") + 1 >= MIN_LINES]
         found.update(dict.fromkeys(fresh[:MAX_PER_FILE]))
         if len(found) >= count:

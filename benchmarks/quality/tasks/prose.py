@@ -22,7 +22,7 @@ from engine.data.dataset import prepare_dataset
 from engine.quickstart.corpus import is_heldout
 
 MANUALS = ("transformers", "numpy", "sympy", "networkx")  # written for users; most of torch's is not
-WINDOW = 256
+WINDOW, MIN_WINDOW = 256, 32  # the end of a document may be a token or two: not text
 HELDOUT_WINDOWS = 128
 MIN_WORDS = 15  # of a paragraph; shorter ones are headings and lists of parameters
 MIN_DOCUMENT_WORDS = 60
@@ -84,4 +84,5 @@ def _unseen(documents: list[list[str]], seen: set[str]) -> list[str]:
 def _windows(documents: list[str], tokenizer: PreTrainedTokenizerBase) -> list[Sample]:
     records = [{"text": text} for text in documents]
     dataset = prepare_dataset(records, tokenizer, max_length=WINDOW, vocab_size=len(tokenizer))
-    return [Sample(item["input_ids"].tolist(), item["labels"].tolist()) for item in dataset]
+    samples = [Sample(item["input_ids"].tolist(), item["labels"].tolist()) for item in dataset]
+    return [sample for sample in samples if len(sample.input_ids) >= MIN_WINDOW]
