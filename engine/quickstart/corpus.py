@@ -13,7 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # Generated tables and deliberately broken syntax: not text that a language model should learn.
-SKIPPED_PARTS = ("site-packages", "encodings", "lib2to3/tests/data", "test/encoded_modules", "/bad_", "badsyntax")
+SKIPPED_PARTS = (
+    "site-packages",
+    "encodings",
+    "pydoc_data",
+    "lib2to3/tests/data",
+    "test/encoded_modules",
+    "/bad_",
+    "badsyntax",
+)
 MAX_FILE_BYTES = 400_000
 
 

@@ -16,6 +16,8 @@ import json
 import math
 import random
 import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -27,11 +29,47 @@ from engine.quickstart.corpus import SourceFile, is_heldout, standard_library
 
 VOCAB_SIZE = 4096
 CONTEXT = 256
-BATCH = 16
-STEPS = 7350
-PEAK_LR, FINAL_LR_SHARE, WARMUP_STEPS, WEIGHT_DECAY = 3e-3, 0.02, 200, 0.1
+FINAL_LR_SHARE, WARMUP_STEPS, WEIGHT_DECAY = 0.02, 200, 0.1
 LIBRARY_EPOCHS, TEST_EPOCHS = 6, 3
 END_OF_TEXT = "<|endoftext|>"
+
+
+def backbone_config(
+    hidden_size: int = 128, layers: int = 8, heads: int = 2, kv_heads: int = 1, head_dim: int = 64, mlp_size: int = 512
+) -> LlamaConfig:
+    """A Llama with an untied head; as shipped: two query heads of 64 sharing one key/value head, SwiGLU 512."""
+    return LlamaConfig(
+        vocab_size=VOCAB_SIZE,
+        hidden_size=hidden_size,
+        intermediate_size=mlp_size,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=head_dim,
+        max_position_embeddings=2048,
+        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=0,
+        pad_token_id=0,
+    )
+
+
+@dataclass(frozen=True)
+class Pretraining:
+    """What is trained and for how long; the defaults made the shipped backbone.
+
+    Attributes:
+        batch: windows of CONTEXT tokens in a step.
+        max_minutes: ends a run early, annealed; then its result depends on the machine.
+    """
+
+    config: LlamaConfig = field(default_factory=backbone_config)
+    steps: int = 7350
+    batch: int = 16
+    peak_lr: float = 3e-3
+    seed: int = 0
+    max_minutes: float = math.inf
 
 
 def train_tokenizer(files: list[SourceFile]) -> PreTrainedTokenizerFast:
@@ -67,28 +105,9 @@ def token_stream(files: list[SourceFile], tokenizer: PreTrainedTokenizerFast, se
     return np.concatenate([ids[file.path] for file in repeated])
 
 
-def backbone_config() -> LlamaConfig:
-    """8 layers, width 128, two query heads of 64 sharing one key/value head, SwiGLU 512, untied head."""
-    return LlamaConfig(
-        vocab_size=VOCAB_SIZE,
-        hidden_size=128,
-        intermediate_size=512,
-        num_hidden_layers=8,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=64,
-        max_position_embeddings=2048,
-        rope_parameters={"rope_type": "default", "rope_theta": 10000.0},
-        tie_word_embeddings=False,
-        bos_token_id=0,
-        eos_token_id=0,
-        pad_token_id=0,
-    )
-
-
-def batch_at(stream: np.ndarray, order: np.ndarray, step: int) -> torch.Tensor:
-    """Token ids [BATCH, CONTEXT + 1] of one step: consecutive windows of the stream in shuffled order."""
-    windows = order[np.arange(step * BATCH, (step + 1) * BATCH) % len(order)]
+def batch_at(stream: np.ndarray, order: np.ndarray, step: int, batch: int = 16) -> torch.Tensor:
+    """Token ids [batch, CONTEXT + 1] of one step: consecutive windows of the stream in shuffled order."""
+    windows = order[np.arange(step * batch, (step + 1) * batch) % len(order)]
     rows = [stream[window * CONTEXT : window * CONTEXT + CONTEXT + 1] for window in windows]
     return torch.from_numpy(np.stack(rows).astype(np.int64))
 
@@ -103,66 +122,72 @@ def next_token_loss(model: LlamaForCausalLM, ids: torch.Tensor) -> torch.Tensor:
 def heldout_loss(model: LlamaForCausalLM, stream: np.ndarray, batches: int = 20) -> float:
     """Mean loss over the first `batches` batches of held-out text."""
     order = np.random.default_rng(0).permutation((len(stream) - 1) // CONTEXT)
-    return float(np.mean([next_token_loss(model, batch_at(stream, order, i)).item() for i in range(batches)]))
+    rows = [batch_at(stream, order, i).to(model.device) for i in range(batches)]
+    return float(np.mean([next_token_loss(model, ids).item() for ids in rows]))
 
 
-def optimizer_of(model: LlamaForCausalLM) -> torch.optim.AdamW:
+def optimizer_of(model: LlamaForCausalLM, peak_lr: float) -> torch.optim.AdamW:
     """AdamW that decays matrices only."""
     matrices = [p for p in model.parameters() if p.ndim > 1]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=PEAK_LR, betas=(0.9, 0.95), fused=True)
+    return torch.optim.AdamW(groups, lr=peak_lr, betas=(0.9, 0.95), fused=True)
 
 
-def learning_rate(step: int, progress: float) -> float:
+def learning_rate(peak_lr: float, step: int, progress: float) -> float:
     """Linear warm-up over steps, then a cosine over the progress of the run down to FINAL_LR_SHARE of the peak."""
     warmup = min(1.0, (step + 1) / WARMUP_STEPS)
     cosine = 0.5 * (1 + math.cos(math.pi * progress))
-    return PEAK_LR * warmup * (FINAL_LR_SHARE + (1 - FINAL_LR_SHARE) * cosine)
+    return peak_lr * warmup * (FINAL_LR_SHARE + (1 - FINAL_LR_SHARE) * cosine)
 
 
-def pretrain(output: Path, max_minutes: float, seed: int) -> None:
-    """Train for STEPS steps, or `max_minutes` if these end first; save model, tokenizer and `training.json`."""
-    torch.manual_seed(seed)
-    files = standard_library()
+def pretrain(
+    output: Path,
+    run: Pretraining,
+    files: list[SourceFile],
+    tokenizer: PreTrainedTokenizerFast | None = None,
+    device: torch.device | str = "cpu",
+) -> None:
+    """Train on what `files` do not hold out; save model, tokenizer and `training.json` into `output`.
+
+    Args:
+        tokenizer: one of VOCAB_SIZE entries; None trains it on the same text.
+        device: on CUDA the matrix products run in bf16.
+    """
+    torch.manual_seed(run.seed)
     train_files = [file for file in files if not is_heldout(file.module)]
-    tokenizer = train_tokenizer(train_files)
-    stream = token_stream(train_files, tokenizer, seed)
-    heldout = token_stream([f for f in files if is_heldout(f.module) and not f.is_test], tokenizer, seed)
-    order = np.random.default_rng(seed).permutation((len(stream) - 1) // CONTEXT)
-    model = LlamaForCausalLM(backbone_config())
-    compiled_loss = torch.compile(next_token_loss)
-    optimizer = optimizer_of(model)
+    tokenizer = tokenizer or train_tokenizer(train_files)
+    stream = token_stream(train_files, tokenizer, run.seed)
+    heldout = token_stream([f for f in files if is_heldout(f.module) and not f.is_test], tokenizer, run.seed)
+    model = LlamaForCausalLM(run.config).to(device)
     tokenizer.save_pretrained(output)
     print(f"{len(stream):,} tokens, {sum(p.numel() for p in model.parameters()):,} parameters", flush=True)
+    for record in optimized(model, run, stream):
+        save(model, output, {"heldout_loss": heldout_loss(model, heldout), **record, "available_tokens": len(stream)})
+
+
+def optimized(model: LlamaForCausalLM, run: Pretraining, stream: np.ndarray) -> Iterator[dict[str, float]]:
+    """Train `model` on windows of `stream`; yields what was spent every 500 steps and at the end."""
+    order = np.random.default_rng(run.seed).permutation((len(stream) - 1) // CONTEXT)
+    compiled_loss, optimizer = torch.compile(next_token_loss), optimizer_of(model, run.peak_lr)
     started, step, progress = time.monotonic(), 0, 0.0
     while progress < 1.0:
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, progress)
-        loss = compiled_loss(model, batch_at(stream, order, step))
+            group["lr"] = learning_rate(run.peak_lr, step, progress)
+        with torch.autocast("cuda", torch.bfloat16, enabled=model.device.type == "cuda"):
+            loss = compiled_loss(model, batch_at(stream, order, step, run.batch).to(model.device))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         step += 1
-        tokens, seconds = step * BATCH * CONTEXT, time.monotonic() - started
+        tokens, seconds = step * run.batch * CONTEXT, time.monotonic() - started
         # Whichever runs out first, so that a slow machine still ends with an annealed model.
-        progress = max(step / STEPS, seconds / (60 * max_minutes))
+        progress = max(step / run.steps, seconds / (60 * run.max_minutes))
         if step % 50 == 0:
             print(f"step {step} loss {loss.item():.3f} tokens {tokens:,} {tokens / seconds:.0f} tok/s", flush=True)
         if step % 500 == 0 or progress >= 1.0:
-            save(
-                model,
-                output,
-                {
-                    "heldout_loss": heldout_loss(model, heldout),
-                    "tokens": tokens,
-                    "steps": step,
-                    "minutes": seconds / 60,
-                    "available_tokens": len(stream),
-                    "seed": seed,
-                },
-            )
+            yield {"tokens": tokens, "steps": step, "minutes": seconds / 60, "seed": run.seed}
 
 
 def save(model: LlamaForCausalLM, output: Path, record: dict[str, float]) -> None:
@@ -181,7 +206,7 @@ def main() -> None:
     parser.add_argument("--max-minutes", type=float, default=240.0)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    pretrain(args.output, args.max_minutes, args.seed)
+    pretrain(args.output, Pretraining(seed=args.seed, max_minutes=args.max_minutes), standard_library())
 
 
 if __name__ == "__main__":

@@ -1,0 +1,1 @@
+"""Learning quality: side networks against QLoRA at equal compute and equal memory, on backbones made here."""

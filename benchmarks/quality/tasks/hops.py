@@ -1,0 +1,114 @@
+"""Task 3: following one of three cups through swaps, one after the other: depth is a dial; with and without steps.
+
+A problem is a place and k swaps of two places each. Swaps do not commute (the word problem of the group S_3), so who
+writes only the result has to compose k of them on the way up through the layers. With steps, the place after every m-th
+swap is written, so m is the depth of one written step; the prompt names it. Accuracy by (k, m) tells how few steps a
+method must write.
+
+    b a c b a c b : 3 = c            k = 3, m = 3: no steps
+    b a c b a c b : 1 = b a c        k = 3, m = 1
+
+A problem of three or more swaps is held out or not by a hash of what it does, in whichever order a swap names its
+places. There are 9 problems of one swap and 27 of two: this is the table that has to be known, all of it trained on. A
+row holds several problems, so that a training step sees more than sixteen answers. Chance is 1 in 3.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from benchmarks.quality.tasks.samples import Example, Sample, TaskData, row, single_tokens
+
+PLACES = ("a", "b", "c")
+MAX_HOPS = 6
+TABLE_HOPS = 2  # up to here nothing is held out
+PROBLEMS_PER_ROW = 8
+TRAIN_ROWS, HELDOUT_ROWS, EXAMPLES = 6400, 64, 210
+HELDOUT_SEED = 1 << 40  # beyond the seeds that anyone gives to a training
+PIECES = ("\n", *PLACES, *(f" {place}" for place in PLACES), *(f" {m}" for m in range(1, MAX_HOPS + 1)), " :", " =")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Where the cup is at first, the swaps, and after how many of them its place is written."""
+
+    start: str
+    swaps: tuple[tuple[str, str], ...]
+    stride: int
+
+    @property
+    def written(self) -> list[str]:
+        """The place after every `stride` swaps; the last is the result."""
+        places, place = [], self.start
+        for first, second in self.swaps:
+            place = {first: second, second: first}.get(place, place)
+            places.append(place)
+        return places[self.stride - 1 :: self.stride]
+
+    @property
+    def is_heldout(self) -> bool:
+        """True for about one problem in ten, whatever its stride; never within the table."""
+        text = f"{self.start}{[sorted(swap) for swap in self.swaps]}"
+        return len(self.swaps) > TABLE_HOPS and hashlib.sha256(text.encode()).digest()[0] % 10 == 0
+
+    def prompt(self) -> list[str]:
+        """Pieces of text, one token each."""
+        return [
+            "\n",
+            self.start,
+            *(f" {place}" for swap in self.swaps for place in swap),
+            " :",
+            f" {self.stride}",
+            " =",
+        ]
+
+    def answer(self) -> list[str]:
+        return [f" {place}" for place in self.written]
+
+
+def hops_task(tokenizer: PreTrainedTokenizerBase, seed: int) -> TaskData:
+    """Only the result is written; groups "hops=k"."""
+    return _task(tokenizer, seed, {k: [k] for k in range(1, MAX_HOPS + 1)})
+
+
+def hops_steps_task(tokenizer: PreTrainedTokenizerBase, seed: int) -> TaskData:
+    """Every m that divides k; groups "hops=k,written=n" with n = k / m places in the answer."""
+    return _task(tokenizer, seed, {k: [m for m in range(1, k + 1) if k % m == 0] for k in range(1, MAX_HOPS + 1)})
+
+
+def _task(tokenizer: PreTrainedTokenizerBase, seed: int, strides: Mapping[int, Sequence[int]]) -> TaskData:
+    table = single_tokens(tokenizer, PIECES)
+    kinds = [(k, stride) for k in strides for stride in strides[k]]
+
+    def ids(pieces: list[str]) -> list[int]:
+        return [table[piece] for piece in pieces]
+
+    def filled_row(rng: random.Random, is_heldout: bool) -> Sample:
+        problems = [_problem(rng, *rng.choice(kinds), is_heldout) for _ in range(PROBLEMS_PER_ROW)]
+        return row([part for p in problems for part in ((ids(p.prompt()), False), (ids(p.answer()), True))])
+
+    def example(rng: random.Random, hops: int, stride: int) -> Example:
+        problem = _problem(rng, hops, stride, True)
+        written = f",written={hops // stride}" if len(kinds) > MAX_HOPS else ""
+        return Example(ids(problem.prompt()), ids(problem.answer()), f"hops={hops}{written}")
+
+    train, heldout = random.Random(seed), random.Random(HELDOUT_SEED)
+    return TaskData(
+        [filled_row(train, False) for _ in range(TRAIN_ROWS)],
+        [filled_row(heldout, True) for _ in range(HELDOUT_ROWS)],
+        [example(heldout, *kinds[place % len(kinds)]) for place in range(EXAMPLES)],
+    )
+
+
+def _problem(rng: random.Random, hops: int, stride: int, is_heldout: bool) -> Problem:
+    """A random problem of one side of the split."""
+    while True:
+        swaps = tuple((first, second) for first, second in (rng.sample(PLACES, 2) for _ in range(hops)))
+        problem = Problem(rng.choice(PLACES), swaps, stride)
+        if hops <= TABLE_HOPS or problem.is_heldout == is_heldout:
+            return problem
