@@ -1,4 +1,4 @@
-"""Command line: `python -m benchmarks list`, `NAME ... [options]`, `gpu --out DIR`, `sass` or `memory`."""
+"""Command line: `python -m benchmarks list`, `NAME ... [options]`, `gpu --out DIR`, `sass`, `memory` or `quality`."""
 
 from __future__ import annotations
 
@@ -39,6 +39,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return sass.main(arguments[1:])
     if arguments[:1] == ["memory"]:
         return memory_table.main(arguments[1:])
+    if arguments[:1] == ["quality"]:
+        from benchmarks.quality import command as quality  # needs peft and matplotlib, which the others may lack
+
+        return quality.main(arguments[1:])
     options = _parser().parse_args(arguments)
     if options.names == ["list"]:
         print(_listing())
@@ -59,7 +63,7 @@ def _parser() -> argparse.ArgumentParser:
         "names",
         nargs="+",
         metavar="NAME",
-        help="benchmarks, or `list`; `gpu`, `sass` and `memory` have options of their own",
+        help="benchmarks, or `list`; `gpu`, `sass`, `memory` and `quality` have options of their own",
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument(

@@ -1,6 +1,6 @@
 """QLoRA's training step on the same decoder under the same tracker: the competitor, at shapes no CPU could run.
 
-LoRA of rank 16 on all linears of the blocks as peft adds it: y = x W^T + (x A^T) B^T * scale, W decoded whenever it is
+LoRA on all linears of the blocks as peft adds it: y = x W^T + (x A^T) B^T * scale, W decoded whenever it is
 used (bitsandbytes does the same), A and B fp32. Under autocast they multiply in bf16, as every trainer with bf16=True
 has it; without, peft casts their inputs to fp32. Norms, embedding and head stay in bf16, which is lean: peft's
 `prepare_model_for_kbit_training` makes them fp32.
@@ -39,11 +39,15 @@ class QLoRA:
         checkpointing: recompute each block in backward, instead of keeping its activations.
         autocast: adapters multiply in bf16, instead of in fp32.
         has_our_loss: `linear_cross_entropy`, instead of all logits in fp32 as transformers makes them.
+        rank: of the adapters.
+        top_blocks: only the uppermost blocks carry adapters; those below run without gradients. None: all blocks.
     """
 
     checkpointing: bool
     autocast: bool = True
     has_our_loss: bool = False
+    rank: int = LORA_RANK
+    top_blocks: int | None = None
 
 
 def track_qlora(hf_config: PreTrainedConfig, variant: QLoRA, tokens: int, batch: int = 1) -> StorageTracker:
@@ -53,15 +57,24 @@ def track_qlora(hf_config: PreTrainedConfig, variant: QLoRA, tokens: int, batch:
     with tracked(tracker, fake):
         embedding, frozen, norm, head = empty_tensors(config, MemoryPolicies(embedding="device"), tracker)
         with tracker.making("adapters"):
-            layers = nn.ModuleList(_AdaptedBlock(block, config, variant.autocast) for block in frozen.blocks)
+            below = 0 if variant.top_blocks is None else config.num_layers - variant.top_blocks
+            ranks = [0] * below + [variant.rank] * (config.num_layers - below)
+            layers = nn.ModuleList(
+                _AdaptedBlock(block, config, rank, variant.autocast)
+                for block, rank in zip(frozen.blocks, ranks, strict=True)
+            )
         optimizer = optimizer_with_moments(layers, tracker)
         ids = torch.empty(batch * tokens, dtype=torch.int64)
         positions = torch.arange(tokens).repeat(batch)
         frequencies = torch.empty(config.head_dim // 2)
         tables, lengths = rotary_table(positions, frequencies, embedding.dtype), (tokens,) * batch
         with tracker.phase("forward"):
-            hidden = F.embedding(ids, embedding).requires_grad_()
-            for layer in layers:
+            hidden = F.embedding(ids, embedding)
+            with torch.no_grad():
+                for layer in layers[:below]:
+                    hidden = layer(hidden, *tables, lengths)
+            hidden.requires_grad_()
+            for layer in layers[below:]:
                 if variant.checkpointing:
                     hidden = checkpoint(layer, hidden, *tables, lengths, use_reentrant=False)
                 else:
@@ -95,20 +108,24 @@ class _NF4Product(torch.autograd.Function):
 
 
 class _AdaptedLinear(nn.Module):
-    """A frozen linear and its adapter."""
+    """A frozen linear and its adapter, none where the rank is 0."""
 
-    def __init__(self, linear: Linear, autocast: bool) -> None:
+    def __init__(self, linear: Linear, rank: int, autocast: bool) -> None:
         super().__init__()
         self.linear = linear
+        self.rank = rank
         self.autocast = autocast
         rows, columns = linear.weight.shape
-        self.down = nn.Parameter(torch.empty(LORA_RANK, columns))
-        self.up = nn.Parameter(torch.empty(rows, LORA_RANK))
+        if rank:
+            self.down = nn.Parameter(torch.empty(rank, columns))
+            self.up = nn.Parameter(torch.empty(rows, rank))
 
     def forward(self, x: Tensor) -> Tensor:
         out = _NF4Product.apply(x, self.linear.weight)
         if self.linear.bias is not None:
             out = out + self.linear.bias
+        if not self.rank:
+            return out
         dtype = x.dtype if self.autocast else self.down.dtype
         added = F.linear(F.linear(x.to(dtype), self.down.to(dtype)), self.up.to(dtype)) * 2.0
         return out + added.to(x.dtype)
@@ -117,11 +134,12 @@ class _AdaptedLinear(nn.Module):
 class _AdaptedBlock(nn.Module):
     """A decoder block, differentiable in its input and its adapters."""
 
-    def __init__(self, block: Block, config: BackboneConfig, autocast: bool) -> None:
+    def __init__(self, block: Block, config: BackboneConfig, rank: int, autocast: bool) -> None:
         super().__init__()
         self.block = block
         self.config = config
-        self.linears = nn.ModuleDict({name: _AdaptedLinear(getattr(block, name), autocast) for name in _LINEARS})
+        linears = {name: _AdaptedLinear(getattr(block, name), rank, autocast) for name in _LINEARS}
+        self.linears = nn.ModuleDict(linears)
 
     def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, lengths: tuple[int, ...]) -> Tensor:
         config, block, linears = self.config, self.block, self.linears

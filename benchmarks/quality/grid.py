@@ -1,0 +1,124 @@
+"""Which runs, in which order, so that every prefix of the grid is of use.
+
+    1  every learning rate of every method, one seed, at the middle budget: whoever is tuned worse would only seem worse
+    2  at each method's best rate: the other seeds, and as many steps for all instead of as many FLOPs
+    3  the other budgets
+    4  xladder over delta, the number of tapped blocks
+    5  the other sizes, at all budgets
+    6  the other tasks: learning rates, then seeds, at the middle budget
+
+Stages 1 to 4 are of the first size and the first task. Stages 2 to 6 depend on what was found before: `next_run` reads
+it from the rows, so a grid that was stopped goes on where it was, whatever was done by then.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from benchmarks.quality.methods import find_method
+from benchmarks.quality.rows import Row, Run
+
+SCALED = ("qlora_r16", "ladder", "xladder")
+"""Methods whose other sizes are trained."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is to be compared.
+
+    Attributes:
+        sizes, tasks: the first of each is the one that is looked at in depth.
+        methods: each with all its learning rates.
+        rates: how many learning rates a method tries: of its grid, the ones in the middle.
+        seeds: at least 1.
+        budgets: rising, in FLOPs.
+        steps: of all methods alike; None: not compared so.
+        num_taps: what xladder is tried with as delta.
+    """
+
+    sizes: tuple[str, ...]
+    tasks: tuple[str, ...]
+    methods: tuple[str, ...]
+    rates: int
+    seeds: int
+    budgets: tuple[float, ...]
+    steps: int | None
+    num_taps: tuple[int, ...]
+
+    @property
+    def middle(self) -> str:
+        """The budget at which learning rates are chosen."""
+        return budget_name(self.budgets[len(self.budgets) // 2])
+
+
+def budget_name(flops: float) -> str:
+    """As `Run.budget` has it."""
+    return f"flops={flops:.6g}"
+
+
+def next_run(grid: Grid, rows: Sequence[Row]) -> Run | None:
+    """The first run of the grid that has no row; None where all have."""
+    done = {row.run for row in rows}
+    return next((run for run in _runs(grid, rows) if run not in done), None)
+
+
+def best_rate(grid: Grid, rows: Sequence[Row], method: str, task: str) -> float:
+    """The learning rate of the lowest loss with the first seed, at the middle budget of the first size.
+
+    A variant `NAME:...` that was not tried itself takes its method's. Where neither was, the middle of the grid.
+    """
+    for name in (method, method.partition(":")[0]):
+        tried = {
+            row.run.learning_rate: row.loss
+            for row in rows
+            if (row.run.method, row.run.size, row.run.task) == (name, grid.sizes[0], task)
+            and (row.run.budget, row.run.seed) == (grid.middle, 0)
+        }
+        if tried:
+            return min(tried, key=lambda rate: tried[rate])
+    rates = rates_of(method, grid.rates)
+    return rates[len(rates) // 2]
+
+
+def rates_of(method: str, count: int) -> tuple[float, ...]:
+    """The `count` learning rates in the middle of the method's grid."""
+    rates = find_method(method).learning_rates
+    first = (len(rates) - count) // 2
+    return rates[first : first + count]
+
+
+def _runs(grid: Grid, rows: Sequence[Row]) -> Iterator[Run]:
+    """All runs in order; a stage is read only after the ones before it are done, so its rates are known by then."""
+    size, task, seeds = grid.sizes[0], grid.tasks[0], range(grid.seeds)
+
+    def at_best(method: str, size: str, task: str, budget: str) -> Iterator[Run]:
+        rate = best_rate(grid, rows, method, task)
+        return (Run(method, size, task, budget, rate, seed) for seed in seeds)
+
+    yield from _sweep(grid, task)
+    for budget in filter(None, (grid.middle, grid.steps and f"steps={grid.steps}")):
+        for method in grid.methods:
+            yield from at_best(method, size, task, budget)
+    for flops in grid.budgets:
+        for method in grid.methods:
+            yield from at_best(method, size, task, budget_name(flops))
+    if "xladder" in grid.methods:
+        for taps in grid.num_taps:
+            yield from at_best(f"xladder:num_taps={taps}", size, task, grid.middle)
+    for other in grid.sizes[1:]:
+        for flops in grid.budgets:
+            for method in (method for method in grid.methods if method in SCALED):
+                yield from at_best(method, other, task, budget_name(flops))
+    for other in grid.tasks[1:]:
+        yield from _sweep(grid, other)
+        for method in grid.methods:
+            yield from at_best(method, size, other, grid.middle)
+
+
+def _sweep(grid: Grid, task: str) -> Iterator[Run]:
+    """The rates in the middle first, of all methods, then those further out."""
+    rates = {method: rates_of(method, grid.rates) for method in grid.methods}
+    for place in sorted(range(grid.rates), key=lambda place: abs(2 * place - grid.rates + 1)):
+        for method in grid.methods:
+            yield Run(method, grid.sizes[0], task, grid.middle, rates[method][place], 0)
