@@ -208,6 +208,8 @@ def test_a_sweep(quickstart: None, tmp_path: Path) -> None:
         ((), "a sweep needs --vary NAME=VALUE,VALUE"),
         (("--vary", "seed"), "--vary seed: expected NAME=VALUE,VALUE"),
         (("--vary", "seed=1,,2"), "--vary seed=1,,2: expected"),
+        (("--vary", "learning_rate=[1"), "--vary learning_rate=[1: expected plain values"),
+        (("--vary", "seed=!!python/object:os.system"), "expected plain values"),
         (("--vary", "seed=1", "--vary", "seed=2"), "--vary seed is given twice"),
         (("--vary", "batch_size=1,2"), "'batch_size' unknown; members may differ in preset, reduction_factor"),
         (("--vary", "learning_rate=-1"), "learning_rate must be a finite number of at least 0, got -1"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import BatchEncoding
@@ -69,3 +70,26 @@ def test_samples_that_are_drawn_anew_are_told_by_their_number() -> None:
             return random.random()
 
     assert sampled_digest(Drawn(ROWS)) == sampled_digest(Drawn(ROWS)) != sampled_digest(Drawn(ROWS[1:]))
+
+
+def test_what_no_json_can_hold_does_not_stop_a_training() -> None:
+    circle: dict[str, Any] = {}
+    circle["self"] = circle
+    for odd in ({("a", "b"): 1}, {b"a": 1}, circle, {"image": torch.eye(3).to_sparse()}):
+        assert sampled_digest([odd]).startswith("1:")
+
+
+def test_looking_draws_no_random_numbers() -> None:
+    class Drawn:
+        def __len__(self) -> int:
+            return 4
+
+        def __getitem__(self, index: int) -> dict[str, Any]:
+            return {"input_ids": [random.random(), np.random.rand(), torch.rand(()).item()]}
+
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    first, then = Drawn()[0], Drawn()[1]
+    random.seed(1), np.random.seed(1), torch.manual_seed(1)
+    assert Drawn()[0] == first
+    assert sampled_digest(Drawn()) == "4:drawn"
+    assert Drawn()[1] == then

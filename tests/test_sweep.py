@@ -5,12 +5,14 @@ from __future__ import annotations
 import gc
 import json
 import os
+import shutil
 import signal
+import threading
 import time
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -417,6 +419,8 @@ def test_other_batches_are_noticed_and_served_one_by_one(caplog: pytest.LogCaptu
         ([{"name": "a"}, {"name": "a"}], {}, "the name 'a' is given twice"),
         ([{"name": "../a"}], {}, "the name becomes a folder: expected letters, digits"),
         ([{"name": "checkpoint-3"}], {}, "not beginning with checkpoint-"),
+        ([{"name": "sweep.json"}], {}, "the name becomes a folder"),
+        ([{"name": "_training.lock"}], {}, "the name becomes a folder"),
         ([{}], {"taps": "int8"}, "does not support taps='int8'"),
         ([{}], {"auto_find_batch_size": True}, "does not support auto_find_batch_size=True"),
         ([{}], {"report_to": ["wandb"]}, r"does not support report_to=\['wandb'\]"),
@@ -446,3 +450,142 @@ def test_a_preset_leaves_what_was_chosen_beside_it(tmp_path: Path) -> None:
     entry, other = sweep_entries([{"preset": "xladder", "seed": 6}, {}], base, arguments(tmp_path))
     assert entry.config == LadderConfig.preset("xladder", reduction_factor=8, seed=6) and other.config == base
     assert cartesian({"a": [1, 2], "b": [3]}) == [{"a": 1, "b": 3}, {"a": 2, "b": 3}]
+
+
+def test_a_member_without_a_finite_loss_is_never_the_best(tmp_path: Path) -> None:
+    """Its skipped steps are logged with a loss of zero, and its held-out loss is not a number."""
+    sweep = [{"name": "sound"}, {"name": "ruined", "learning_rate": 1e39}]
+    options = {"max_skipped_steps": 99, "warmup_steps": 0}
+    made = trainer(tmp_path / "held-out", sweep, **options)
+    made.train()
+    sound = made.sweep.members[0]
+    assert made.sweep.best is sound and made.model is sound.model
+    assert made.sweep.results[1].eval_loss is None and made.sweep.results[1].loss is None
+    without = LadderTrainer(
+        ladder_model(), arguments(tmp_path / "none", eval_strategy="no", **options), train_dataset=ROWS, sweep=sweep[1:]
+    )
+    without.train()
+    assert without.sweep.best is None
+
+
+def test_resuming_takes_the_sweep_that_saved_last(tmp_path: Path) -> None:
+    """Also where an older one in the same folders had come further."""
+    saves = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "no", "save_total_limit": 9}
+    trainer(tmp_path, SWEEP[:2], **saves).train()
+    options = saves | {"learning_rate": 1e-4}
+    with pytest.raises(SystemExit):
+        trainer(tmp_path, SWEEP[:2], callbacks=[StopAt(2, 1e-4, signal.SIGTERM)], **options).train()
+    expected = trainer(tmp_path / "alone", SWEEP[:2], **options)
+    expected.train()
+    again = trainer(tmp_path, SWEEP[:2], **options)
+    again.train(resume_from_checkpoint=True)
+    for member, one in zip(again.sweep.members, expected.sweep.members, strict=True):
+        assert_same_bits(member, one, resumed=True)
+    trainer(tmp_path / "other", SWEEP[:1], **options).train()
+    shutil.rmtree(tmp_path / "base")
+    os.rename(tmp_path / "other" / "base", tmp_path / "base")
+    for name in NAMES[:2]:
+        (tmp_path / name / "member.json").unlink()
+    with pytest.raises(CheckpointError, match="newest checkpoints are of different sweeps"):
+        trainer(tmp_path, SWEEP[:2], **options).train(resume_from_checkpoint=True)
+
+
+def test_members_that_had_ended_go_on_as_they_were_or_not_at_all(tmp_path: Path) -> None:
+    saves = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "no"}
+    trainer(tmp_path, SWEEP[:2], **saves).train()
+    changes: list[tuple[dict[str, Any], str]] = [
+        ({"max_steps": 6}, "max_steps was 4 and is 6"),
+        ({"data": ROWS[:10]}, "data was"),
+        ({"warmup_steps": 2}, "warmup_steps was 1 and is 2"),
+    ]
+    for changed, message in changes:
+        with pytest.raises(CheckpointError, match=message):
+            trainer(tmp_path, SWEEP[:2], **(saves | changed)).train(resume_from_checkpoint=True)
+    other = [SWEEP[0], {**SWEEP[1], "name": NAMES[1], "learning_rate": 9e-2}]
+    with pytest.raises(CheckpointError, match=r"learning_rate was 0\.03 and is 0\.09"):
+        trainer(tmp_path, other, **saves).train(resume_from_checkpoint=True)
+    again = trainer(tmp_path, SWEEP[:2], **saves)
+    assert again.train(resume_from_checkpoint=True) == {}
+    assert [result.steps for result in again.sweep.results] == [4, 4]
+
+
+def test_a_second_sweep_in_the_folder_leaves_the_first_as_it_is(tmp_path: Path) -> None:
+    class Second(TrainerCallback):
+        refused: ClassVar[list[str]] = []
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            def train() -> None:
+                try:
+                    trainer(tmp_path, SWEEP[:1]).train()
+                except ValueError as error:
+                    self.refused.append(str(error))
+
+            if state.global_step == 2 and not self.refused:
+                thread = threading.Thread(target=train)  # a lock is a thread's, as it is a process's
+                thread.start()
+                thread.join()
+
+    trainer(tmp_path, SWEEP[:1], callbacks=[Second()]).train()
+    assert "another training writes here" in Second.refused[0]
+    assert (tmp_path / "base" / "member.json").exists()
+
+
+def test_a_sweep_goes_on_from_the_weights_that_it_is_given(tmp_path: Path) -> None:
+    """And with what is frozen there; another configuration is another network."""
+    model = ladder_model()
+    with torch.no_grad():
+        model.side_network.side_up.normal_(0, 0.1)
+    model.side_network.tap_policy = "none"
+    args = arguments(tmp_path)
+    sweep: list[dict[str, Any]] = [{}, {"learning_rate": 1e-4}, {"seed": 5}]
+    made = LadderTrainer(model, args, train_dataset=ROWS, eval_dataset=ROWS[:5], sweep=sweep)
+    same, also, new = (member.model.side_network for member in made.sweep.members)
+    for network in (same, also):
+        assert network.tap_policy == "none"
+        for own, given in zip(network.parameters(), model.side_network.parameters(), strict=True):
+            assert own is not given and torch.equal(own, given) and own.requires_grad == given.requires_grad
+    assert not torch.equal(new.side_up, model.side_network.side_up)
+
+
+def test_callbacks_are_copied_to_every_member(tmp_path: Path) -> None:
+    class Recorder(TrainerCallback):
+        def __init__(self) -> None:
+            self.steps = 0
+
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            self.steps += 1
+
+    made = trainer(tmp_path, SWEEP[:2])
+    made.add_callback(Recorder())
+    made.train()
+    found = [one for member in made.sweep.members for one in member.callback_handler.callbacks]
+    assert [one.steps for one in found if isinstance(one, Recorder)] == [4, 4]
+    held = Recorder()
+    held.lock = threading.Lock()
+    with pytest.raises(ValueError, match="a copy of each callback, and Recorder cannot be copied"):
+        trainer(tmp_path, SWEEP[:2], callbacks=[held])
+
+
+class Raises(TrainerCallback):
+    """In the second member."""
+
+    def __init__(self, error: BaseException, step: int) -> None:
+        self.error, self.step = error, step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.output_dir.endswith(NAMES[1]) and state.global_step == self.step:
+            raise self.error
+
+
+def test_an_interrupt_in_a_member_stops_all(tmp_path: Path) -> None:
+    made = trainer(tmp_path, SWEEP[:3], callbacks=[Raises(KeyboardInterrupt(), 2)])
+    with pytest.raises(KeyboardInterrupt):
+        made.train()
+    assert [member.state.global_step for member in made.sweep.members] == [2, 2, 1]
+
+
+def test_a_signal_does_not_hide_an_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    callbacks = [Raises(KeyError("user bug"), 1), StopAt(2, 3e-3, signal.SIGTERM)]
+    with pytest.raises(SystemExit):
+        trainer(tmp_path, SWEEP[:2], callbacks=callbacks).train()
+    assert f"member {NAMES[1]} ended with an error" in caplog.text and "user bug" in caplog.text

@@ -216,6 +216,14 @@ def newest_valid(run_folder: Path) -> Path:
     raise CheckpointError(f"{run_folder}: no valid checkpoint to resume from:{reasons}")
 
 
+def of_newest_run(run_folder: Path) -> tuple[str, dict[int, Path]]:
+    """The run that saved last into a folder ("" for none), and its checkpoints by step, whole or not."""
+    found = _readable(run_folder, [])
+    run = found[-1][0].run if found else ""
+    own = {folder for manifest, folder in found if manifest.run == run}
+    return run, {step: folder for step, folder in checkpoints(run_folder) if folder in own}
+
+
 def _readable(run_folder: Path, faults: list[str]) -> list[tuple[Manifest, Path]]:
     """Checkpoints with a manifest, in the order they were saved; `faults` gains what is wrong with the others."""
     found = []

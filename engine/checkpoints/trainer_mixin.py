@@ -48,7 +48,20 @@ _ORDER = (  # of TrainingArguments: what the order and content of batches depend
     "train_sampling_strategy",
     "dataloader_drop_last",
 )
-_OPTIMIZATION = ("optim", "learning_rate", "weight_decay", "max_grad_norm", "lr_scheduler_type", "max_steps")
+_OPTIMIZATION = (
+    "optim",
+    "optim_args",
+    "learning_rate",
+    "weight_decay",
+    "adam_beta1",
+    "adam_beta2",
+    "adam_epsilon",
+    "max_grad_norm",
+    "lr_scheduler_type",
+    "lr_scheduler_kwargs",
+    "warmup_steps",
+    "max_steps",
+)
 
 
 def _content(data: Any) -> str | None:
@@ -60,7 +73,8 @@ def _content(data: Any) -> str | None:
 
 def _plain(value: Any) -> Any:
     """Of an enumeration its word."""
-    return getattr(value, "value", value)
+    value = getattr(value, "value", value)
+    return value if value is None or isinstance(value, bool | int | float | str) else str(value)
 
 
 class CrashSafeCheckpoints:
@@ -69,6 +83,7 @@ class CrashSafeCheckpoints:
     A checkpoint that cannot be written (a full disk) costs a warning: training goes on, and the last one stays valid.
     """
 
+    run_of_sweep: str | None = None
     _run = ""
     _sequence = 0
     _settings: Mapping[str, Any] = MappingProxyType({})
@@ -138,7 +153,7 @@ class CrashSafeCheckpoints:
         self.accelerator.wait_for_everyone()
         self._sequence, self._settings = store.next_sequence(folder), self._settings_now()
         if not wanted:
-            self._run, self.interruption.evaluation_due = uuid.uuid4().hex, False
+            self._run, self.interruption.evaluation_due = self.run_of_sweep or uuid.uuid4().hex, False
             return None
         found = store.newest_valid(folder) if wanted is True else Path(wanted)
         manifest = store.verify(found)
@@ -159,6 +174,19 @@ class CrashSafeCheckpoints:
             "data": _content(data),
             **{name: _plain(getattr(args, name)) for name in names},
         }
+
+    def settings_of_training(self) -> dict[str, Any]:
+        """What the training that ended last depended on."""
+        return self._settings
+
+    def compare_settings(self, folder: Path, saved: Mapping[str, Any]) -> None:
+        """Refuse what a training that has ended did not depend on; before this one has chosen how to keep taps.
+
+        Raises:
+            CheckpointError: with what differs.
+        """
+        self._settings = {**self._settings_now(), "taps": saved.get("taps")}
+        CrashSafeCheckpoints._check_settings(self, folder, Manifest("", 0, 0, saved, {}))
 
     def _check_settings(self, folder: Path, manifest: Manifest) -> None:
         here = self._settings

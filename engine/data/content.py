@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+import torch
 
 SAMPLED = 16
 
@@ -18,14 +20,23 @@ def sampled_digest(data: Any) -> str:
     Another length, order, tokenizer or template is seen, and so is another cut or mask; a change of samples in between
     is not. Samples that are not the same each time they are asked for (drawn masks, say) leave the length alone.
     """
+    around = random.getstate(), np.random.get_state(), torch.get_rng_state()
     places = sorted(set(np.linspace(0, len(data) - 1, min(SAMPLED, len(data))).astype(int).tolist()))
-    first, again = (hashlib.sha256("\n".join(_text(data[place]) for place in places).encode()) for _ in range(2))
-    return f"{len(data)}:{first.hexdigest() if first.digest() == again.digest() else 'drawn'}"
+    try:
+        first, again = ("\n".join(_text(data[place]) for place in places) for _ in range(2))
+    finally:  # samples may be drawn, and training draws the same whether or not it was looked at first
+        random.setstate(around[0])
+        np.random.set_state(around[1])
+        torch.set_rng_state(around[2])
+    return f"{len(data)}:{hashlib.sha256(first.encode()).hexdigest() if first == again else 'drawn'}"
 
 
 def _text(value: Any) -> str:
     """As JSON; of what cannot be written so its type."""
-    return json.dumps(value, default=_plain)
+    try:
+        return json.dumps(value, default=_plain)
+    except (TypeError, ValueError, RuntimeError, RecursionError):
+        return type(value).__name__
 
 
 def _plain(value: Any) -> Any:

@@ -11,8 +11,10 @@ from typing import Any
 import yaml
 
 from engine.checkpoints.store import checkpoints
+from engine.model.adapter import CONFIG_NAME, WEIGHTS_NAME
 from engine.training.finetune import Echo, build_trainer, check_output, side_config, take_output, training_arguments
 from engine.training.options import TrainOptions
+from engine.training.run_log import METRICS_FILE
 from engine.training.sweep import MEMBER_FILE, SWEEP_FILE, MemberResult
 from engine.training.sweep_entries import cartesian, sweep_entries
 
@@ -35,12 +37,12 @@ def finetune_sweep(options: TrainOptions, sweep: Sequence[Mapping[str, Any]], ec
         _check_output(output, names, options.overwrite, options.resume)
         trainer, _ = build_trainer(options, arguments, echo, sweep)
         trainer.train(resume_from_checkpoint=options.resume or None)
-    best = trainer.sweep.members.index(trainer.sweep.best)
-    echo(
-        f"Best          {names[best]}\n"
-        f"Saved         {output} (an adapter in the folder of every member, {SWEEP_FILE})\n"
-        f'Continue with\n  ladder generate --adapter {output / names[best]} --prompt "..."'
-    )
+    saved = f"Saved         {output} (an adapter in the folder of every member, {SWEEP_FILE})"
+    if trainer.sweep.best is None:
+        echo(f"Best          none: no member has a finite loss\n{saved}")
+        return trainer.sweep.results
+    best = names[trainer.sweep.members.index(trainer.sweep.best)]
+    echo(f'Best          {best}\n{saved}\nContinue with\n  ladder generate --adapter {output / best} --prompt "..."')
     return trainer.sweep.results
 
 
@@ -53,7 +55,8 @@ def _check_output(output: Path, names: Sequence[str], overwrite: bool, resume: b
             for _, folder in checkpoints(output / name):
                 shutil.rmtree(folder)
             (output / name / MEMBER_FILE).unlink(missing_ok=True)
-        (output / SWEEP_FILE).unlink(missing_ok=True)
+        for name in (SWEEP_FILE, CONFIG_NAME, WEIGHTS_NAME, METRICS_FILE):  # the last three of a single training
+            (output / name).unlink(missing_ok=True)
     elif (output / SWEEP_FILE).exists():
         raise ValueError(
             f"{output}: holds a finished sweep ({SWEEP_FILE}); choose another folder with --output, or replace it with "
@@ -83,7 +86,7 @@ def sweep_of(vary: Sequence[str], members: Path | None) -> list[dict[str, Any]]:
         )
     if members is not None:
         try:
-            return yaml.safe_load(members.read_text(encoding="utf-8"))
+            return _with_numbers(yaml.safe_load(members.read_text(encoding="utf-8")))
         except (OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{members}: cannot be read ({error})") from error
         except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -96,13 +99,29 @@ def sweep_of(vary: Sequence[str], members: Path | None) -> list[dict[str, Any]]:
             raise ValueError(f"--vary {text}: expected NAME=VALUE,VALUE, such as learning_rate=1e-3,3e-3")
         if name in varied:
             raise ValueError(f"--vary {name} is given twice: list its values with commas")
-        varied[name] = [_value(value.strip()) for value in values.split(",")]
+        try:
+            varied[name] = [_number(yaml.safe_load(value.strip())) for value in values.split(",")]
+        except yaml.YAMLError as error:
+            raise ValueError(
+                f"--vary {text}: expected plain values, such as learning_rate=1e-3,3e-3 ({error})"
+            ) from error
     return cartesian(varied)
 
 
-def _value(text: str) -> Any:
-    """As YAML reads it; 3e-3, which YAML reads as text, is a number here."""
-    value = yaml.safe_load(text)
+def _with_numbers(members: Any) -> Any:
+    """Members of a file; whatever is wrong with them `sweep_entries` says."""
+    if not isinstance(members, list):
+        return members
+    return [
+        {name: value if name == "name" else _number(value) for name, value in member.items()}
+        if isinstance(member, dict)
+        else member
+        for member in members
+    ]
+
+
+def _number(value: Any) -> Any:
+    """3e-3, which YAML reads as text, is a number here."""
     try:
         return float(value) if isinstance(value, str) else value
     except ValueError:

@@ -43,6 +43,7 @@ class GuardedStep:
 
     Attributes:
         skipped: steps that were left out so far.
+        in_row: those without a step between them, up to now.
     """
 
     def __init__(
@@ -54,7 +55,7 @@ class GuardedStep:
         record: Path,
     ) -> None:
         self.skipped = 0
-        self._in_row = 0
+        self.in_row = 0
         self._optimizer = optimizer
         self._max_in_row = max_in_row
         self._loss = loss
@@ -67,10 +68,10 @@ class GuardedStep:
     def _guarded(self, closure: Callable[[], Any] | None) -> Any:
         norm, loss = torch.stack([gradient_norm(self._optimizer).double(), self._loss().double()]).tolist()
         if math.isfinite(norm) and math.isfinite(loss):
-            self._in_row = 0
+            self.in_row = 0
             return self._step(closure)
         self.skipped += 1
-        self._in_row += 1
+        self.in_row += 1
         facts = self._describe() | {"loss": str(loss), "gradient_norm": str(norm)}
         self._write(facts)
         logger.warning(
@@ -81,9 +82,9 @@ class GuardedStep:
             loss,
             self._record,
         )
-        if self._in_row >= self._max_in_row:
+        if self.in_row >= self._max_in_row:
             raise DivergedError(
-                f"{self._in_row} steps in a row had a gradient that is not finite, the last at step "
+                f"{self.in_row} steps in a row had a gradient that is not finite, the last at step "
                 f"{facts.get('step')} with loss {loss}: training stopped, and the weights are those before the first. "
                 f"Look at the samples in {self._record}, lower the learning rate, or resume from a checkpoint before"
             )

@@ -134,11 +134,18 @@ class Lockstep:
     Args:
         model: one of theirs.
         before_pass: called before every pass, when all trainings stand still.
+        ends_all: whether an error that ends one training is meant for all of them.
     """
 
-    def __init__(self, model: LadderModel, before_pass: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        model: LadderModel,
+        before_pass: Callable[[], None] = lambda: None,
+        ends_all: Callable[[BaseException], bool] = lambda error: isinstance(error, KeyboardInterrupt),
+    ) -> None:
         self._model = model
         self._before_pass = before_pass
+        self._ends_all = ends_all
         self._running: _Lane | None = None
         self._has_warned = False
 
@@ -173,6 +180,9 @@ class Lockstep:
     def _resume(self, lane: _Lane) -> None:
         self._running = lane
         lane.resume()
+        error = None if lane.outcome is None else lane.outcome.error
+        if error is not None and self._ends_all(error):
+            raise error
 
     def _next_group(self, waiting: Sequence[_Lane]) -> list[_Lane]:
         """Who gets the next pass."""

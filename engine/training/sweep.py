@@ -18,6 +18,7 @@ import json
 import logging
 import math
 import re
+import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from transformers import PrinterCallback, TrainerCallback, TrainerControl, Train
 from transformers.trainer_utils import TrainOutput
 
 from engine.checkpoints import store
+from engine.checkpoints.lock import only_training
 from engine.checkpoints.store import CheckpointError
 from engine.model.adapter import load_adapter, replace_file
 from engine.training.guards import DivergedError
@@ -36,6 +38,8 @@ from engine.training.preflight import fit_memory
 from engine.training.sweep_entries import SweepEntry, check_data
 
 if TYPE_CHECKING:
+    from engine.config import LadderConfig
+    from engine.model.causal_lm import LadderForCausalLM
     from engine.training.trainer import LadderMixin
 
 logger = logging.getLogger(__name__)
@@ -68,12 +72,6 @@ class MemberResult:
     trainable_parameters: int
     error: str | None = None
 
-    @property
-    def score(self) -> float:
-        """What the best has least of: the held-out loss, or the training loss where nothing is held out."""
-        score = self.loss if self.eval_loss is None else self.eval_loss
-        return math.inf if score is None or self.error is not None else score
-
 
 class Sweep:
     """The members of a sweep and their training.
@@ -82,18 +80,25 @@ class Sweep:
         trainer: what the sweep was asked of; the members take over its data, its collator and, as their first side
             network, its model.
         entries: one for each member.
-        callbacks: of whoever built the trainer; every member gets copies.
+        callbacks: of whoever built the trainer; every member gets copies, in its `callback_handler`.
+        given: the model that the sweep starts from, None where it starts from a backbone alone.
 
     Attributes:
         members: the trainers.
         results: of those that have ended, in the same order.
     """
 
-    def __init__(self, trainer: LadderMixin, entries: Sequence[SweepEntry], callbacks: Sequence[Any] | None) -> None:
+    def __init__(
+        self,
+        trainer: LadderMixin,
+        entries: Sequence[SweepEntry],
+        callbacks: Sequence[Any] | None,
+        given: LadderForCausalLM | None,
+    ) -> None:
         check_data(trainer.train_dataset)
         self._trainer = trainer
         self._entries = entries
-        models = [trainer.model, *(trainer.model.beside(entry.config) for entry in entries[1:])]
+        models = [trainer.model, *(started_from(given or trainer.model, entry.config) for entry in entries[1:])]
         self.members = [
             type(trainer)(
                 model,
@@ -102,7 +107,7 @@ class Sweep:
                 train_dataset=trainer.train_dataset,
                 eval_dataset=trainer.eval_dataset,
                 processing_class=trainer.processing_class,
-                callbacks=copy.deepcopy(callbacks),
+                callbacks=[_copy(callback) for callback in callbacks or ()],
             )
             for model, entry in zip(models, entries, strict=True)
         ]
@@ -112,6 +117,12 @@ class Sweep:
             if not trainer.args.disable_tqdm:
                 member.add_callback(_NamedLines(entry.name))
         self.results: list[MemberResult] = []
+        self._run = uuid.uuid4().hex
+
+    def add_callback(self, callback: Any) -> None:
+        """Give every member a copy."""
+        for member in self.members:
+            member.add_callback(_copy(callback))
 
     def train(self, resume_from_checkpoint: bool | None = None) -> dict[str, TrainOutput]:
         """Train all members. Afterwards each has its adapter in its folder, `sweep.json` compares them, and the trainer
@@ -131,16 +142,32 @@ class Sweep:
                 which and why.
             SystemExit: SIGTERM (status 143) or SIGINT (130), after checkpoints of all members at the same step.
         """
+        with only_training(self._trainer.args.output_dir):
+            return self._train(resume_from_checkpoint)
+
+    def _train(self, resume_from_checkpoint: bool | None) -> dict[str, TrainOutput]:
         ended = self._ended() if resume_from_checkpoint else {}
         running = [member for member in self.members if member not in ended]
         checkpoints = self._checkpoints(running, resume_from_checkpoint)
         self._plan()
+        for member in running:
+            member.run_of_sweep = self._run
         with self._trainer.interruption as interruption:
-            lockstep = Lockstep(self._trainer.model.model, before_pass=interruption.agree)
+            lockstep = Lockstep(
+                self._trainer.model.model,
+                before_pass=interruption.agree,
+                ends_all=lambda error: (
+                    isinstance(error, KeyboardInterrupt | SystemExit) and interruption.exit_status is None
+                ),
+            )
             jobs = [self._job(member, path) for member, path in zip(running, checkpoints, strict=True)]
             outcomes = dict(zip(running, lockstep.run(jobs), strict=True))
             status = interruption.exit_status
         if status is not None:
+            for member, outcome in outcomes.items():
+                if isinstance(outcome.error, Exception):
+                    name = self._entries[self.members.index(member)].name
+                    logger.error("sweep, member %s ended with an error", name, exc_info=outcome.error)
             raise SystemExit(status)
         ended |= {member: self._result(member, outcome.error) for member, outcome in outcomes.items()}
         self.results = [ended[member] for member in self.members]
@@ -153,10 +180,15 @@ class Sweep:
 
     @property
     def best(self) -> LadderMixin | None:
-        """The member with the lowest held-out loss, or training loss where nothing is held out; None if all failed."""
-        scored = [(result.score, number) for number, result in enumerate(self.results)]
-        score, number = min(scored, default=(math.inf, 0))
-        return self.members[number] if score < math.inf else None
+        """The member with the lowest held-out loss, or training loss where nothing is held out; None without any."""
+        is_held_out = self._trainer.eval_dataset is not None
+        scores = [result.eval_loss if is_held_out else result.loss for result in self.results]
+        scored = [
+            (score, number)
+            for number, score in enumerate(scores)
+            if score is not None and self.results[number].error is None
+        ]
+        return self.members[min(scored)[1]] if scored else None
 
     def table(self) -> str:
         """The members that have ended, one a line, the best marked."""
@@ -180,32 +212,40 @@ class Sweep:
         """A member's training, evaluation of its last step, and adapter."""
 
         def run() -> TrainOutput:
-            record = Path(member.args.output_dir) / MEMBER_FILE
-            record.unlink(missing_ok=True)
-            try:
-                output = member.train(None if checkpoint is None else str(checkpoint))
-            except DivergedError as error:
-                _write(record, asdict(self._result(member, error)))
-                raise
-            if member.eval_dataset is not None and not _heldout_losses(member):
-                member.evaluate()
-            member.save_model()
-            _write(record, asdict(self._result(member, None)))
-            return output
+            with only_training(member.args.output_dir):
+                record = Path(member.args.output_dir) / MEMBER_FILE
+                record.unlink(missing_ok=True)
+                try:
+                    output = member.train(None if checkpoint is None else str(checkpoint))
+                except DivergedError as error:
+                    self._record(member, error)
+                    raise
+                if member.eval_dataset is not None and not _heldout_losses(member):
+                    member.evaluate()
+                member.save_model()
+                self._record(member, None)
+                return output
 
         return run
+
+    def _record(self, member: LadderMixin, error: BaseException | None) -> None:
+        """Leave what a later resume needs to know of a member that has ended."""
+        content = {"result": asdict(self._result(member, error)), "settings": member.settings_of_training()}
+        _write(Path(member.args.output_dir) / MEMBER_FILE, content)
 
     def _result(self, member: LadderMixin, error: BaseException | None) -> MemberResult:
         entry = self._entries[self.members.index(member)]
         lines, clock = member.state.log_history, member.clock
-        heldout = _heldout_losses(member)
+        heldout, guard = _heldout_losses(member), getattr(member, "guarded_step", None)
+        skips = guard is not None and guard.in_row > 0
         return MemberResult(
             name=entry.name,
             settings={
                 key: value if isinstance(value, int | float) else str(value) for key, value in entry.settings.items()
             },
             steps=member.state.global_step,
-            loss=_finite([line["loss"] for line in lines if "loss" in line][-1:]),
+            # Of steps that are skipped the stock Trainer logs a loss of zero.
+            loss=None if skips else _finite([line["loss"] for line in lines if "loss" in line][-1:]),
             eval_loss=_finite([sum(heldout) / len(heldout)] if heldout else []),
             tokens_per_second=round(clock.tokens / clock.seconds, 1) if clock.seconds else 0.0,
             trainable_parameters=sum(p.numel() for p in member.model.parameters() if p.requires_grad),
@@ -235,13 +275,15 @@ class Sweep:
         for member in self.members:
             folder = Path(member.args.output_dir)
             try:
-                result = MemberResult(**json.loads((folder / MEMBER_FILE).read_text(encoding="utf-8")))
+                record = json.loads((folder / MEMBER_FILE).read_text(encoding="utf-8"))
+                result, settings = MemberResult(**record["result"]), dict(record["settings"])
             except FileNotFoundError:
                 continue
-            except (OSError, ValueError, TypeError) as error:
+            except (OSError, ValueError, TypeError, KeyError) as error:
                 raise CheckpointError(
                     f"{folder / MEMBER_FILE}: cannot be read ({error}); delete it to resume"
                 ) from error
+            member.compare_settings(folder, settings)
             if result.error is None:
                 load_adapter(folder, member.model.side_network, member.model.backbone)
             ended[member] = result
@@ -257,8 +299,14 @@ class Sweep:
         found = []
         for folder in folders:
             store.sweep(folder)
-            found.append(dict(store.checkpoints(folder)))
+            found.append(store.of_newest_run(folder))
         faults: list[str] = []
+        if len({run for run, _ in found}) > 1:
+            faults.append("the members' newest checkpoints are of different sweeps")
+            found = [("", {})] * len(found)
+        elif found:
+            self._run = found[0][0]
+        found = [steps for _, steps in found]
         for step in sorted(set.intersection(*map(set, found)) if found else (), reverse=True):
             try:
                 for of_member in found:
@@ -274,6 +322,31 @@ class Sweep:
             f"{self._trainer.args.output_dir}: the members have no step in common to resume from. Steps with "
             f"checkpoints: {steps}" + "".join(f"\n  {fault}" for fault in faults)
         )
+
+
+def started_from(given: LadderForCausalLM, config: LadderConfig) -> LadderForCausalLM:
+    """A member's model on the given one's backbone.
+
+    Of the given one's own configuration it starts from the given weights, with what is frozen there; another
+    configuration is another network, which starts new.
+    """
+    model = given.beside(config)
+    if config == given.ladder_config:
+        model.side_network.load_state_dict(given.side_network.state_dict())
+        model.side_network.tap_policy = given.side_network.tap_policy
+        for own, theirs in zip(model.parameters(), given.parameters(), strict=True):
+            own.requires_grad_(theirs.requires_grad)
+    return model
+
+
+def _copy(callback: Any) -> Any:
+    try:
+        return copy.deepcopy(callback)
+    except Exception as error:
+        raise ValueError(
+            f"a sweep gives every member a copy of each callback, and {type(callback).__name__} cannot be copied "
+            f"({error}): pass its class, or a callback without open files and locks"
+        ) from error
 
 
 class _NamedLines(TrainerCallback):

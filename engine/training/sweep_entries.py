@@ -42,6 +42,8 @@ _NUMBERS = {
     "adam_beta2",
     "adam_epsilon",
 }
+_OWN = re.compile(r"^checkpoint-|\.(json|jsonl|lock|md|png|safetensors|txt|jinja)$")
+"""What else has a place in the folder of a sweep."""
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.,=+-]{0,99}")
 _LOGGERS = {"none", "tensorboard"}  # others have one run in a process, where the members' lines would mix
 
@@ -106,10 +108,10 @@ def _entry(number: int, values: Mapping[str, Any], base: LadderConfig, args: Tra
     settings = {str(name): value for name, value in values.items() if name != "name"}
     name = values.get("name", _default_name(number, settings))
     where = f"sweep, member {number} ({name})"
-    if not isinstance(name, str) or not _NAME.fullmatch(name) or name.startswith("checkpoint-"):
+    if not isinstance(name, str) or not _NAME.fullmatch(name) or _OWN.search(name):
         raise ValueError(
             f"{where}: the name becomes a folder: expected letters, digits and _.,=+- only, not beginning with "
-            "checkpoint-"
+            "checkpoint-, and not ending as a file of the sweep does (.json, .lock, ...)"
         )
     known = {field.name for field in fields(args)}
     for key, value in settings.items():

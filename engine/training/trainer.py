@@ -37,7 +37,7 @@ from engine.training.preflight import Fit, MemoryPlanError, fit_memory, load_opt
 from engine.training.run_log import RunLog
 from engine.training.step_graph import CudaGraphs, StepGraphs, check_arguments
 from engine.training.summary import PeakMemory, StepClock
-from engine.training.sweep import Sweep
+from engine.training.sweep import Sweep, started_from
 from engine.training.sweep_entries import sweep_entries
 from engine.training.training_data import prepared, training_data
 
@@ -96,8 +96,9 @@ class LadderMixin(CrashSafeCheckpoints):
         configs = [base] if entries is None else [entry.config for entry in entries]
         if not is_loaded:
             model = LadderForCausalLM.from_backbone(model, configs[0], **load_options(model, configs, args))
-        elif entries is not None:
-            model = model.beside(configs[0])
+        given = model if is_loaded else None
+        if is_loaded and entries is not None:
+            model = started_from(model, configs[0])
         processing_class = _tokenizer_if_any(model) if processing_class is None else processing_class
         train_dataset = self._tokenized(train_dataset, processing_class, args, model, is_training=True)
         parts = eval_dataset if isinstance(eval_dataset, dict) else {None: eval_dataset}
@@ -132,7 +133,13 @@ class LadderMixin(CrashSafeCheckpoints):
         self.interruption = Interruption(self)
         self.add_callback(self.interruption)
         self._eval_total = torch.zeros(2, dtype=torch.float64)
-        self.sweep = None if entries is None else Sweep(self, entries, others.get("callbacks"))
+        self.sweep = None if entries is None else Sweep(self, entries, others.get("callbacks"), given)
+
+    def add_callback(self, callback: Any) -> None:
+        """As the stock Trainer; of a sweep every member gets a copy."""
+        super().add_callback(callback)
+        if self.sweep is not None:
+            self.sweep.add_callback(callback)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """The stock loader, of anything that `eval_dataset` may be at construction, or of one of its parts by name."""
