@@ -227,6 +227,14 @@ def test_damaged_weights_are_refused(folder: Path, damage: Callable[[Path], None
         LadderForCausalLM.from_pretrained(folder, backbone=tiny_backbone())
 
 
+def test_same_weights_are_the_same_bytes(tmp_path: Path) -> None:
+    model, contents = trained(ladder_model()), set()
+    for _ in range(16):
+        model.save_pretrained(tmp_path)
+        contents.add((tmp_path / WEIGHTS_NAME).read_bytes())
+    assert len(contents) == 1
+
+
 def test_no_flipped_bit_and_no_cut_loads_as_other_weights(tmp_path: Path) -> None:
     """safetensors itself would load the first kind. What is not refused holds the weights that were saved."""
     model = trained(ladder_model())

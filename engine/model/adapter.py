@@ -148,8 +148,9 @@ def save_adapter(
     if tokenizer is not None:
         tokenizer.save_pretrained(folder)
     replace_file(folder / "README.md", model_card(config, record, sum(t.numel() for t in tensors.values())).encode())
-    # In the same file as what it is of: no crash comes between the two. safetensors itself loads flipped bits.
-    metadata = {"format": "pt", "sha256": _digest(tensors)}
+    # In the same file as what it is of: no crash comes between the two. safetensors itself loads flipped bits. It also
+    # writes entries in a random order, so there is one: the same weights are the same bytes.
+    metadata = {"sha256": _digest(tensors)}
     replace_file(folder / WEIGHTS_NAME, serialize_tensors(tensors, metadata=metadata))
     replace_file(folder / CONFIG_NAME, (json.dumps(content, indent=2) + "\n").encode())
 
