@@ -82,7 +82,8 @@ class DecoderCall {
             projected = at(scratch_.second);
         }
         const int64_t width = heads * size;
-        rotary({projected, rows_.cos, rows_.sin, out, rows_.tokens, heads, size, width, width, rows_.dtype, 0}, threads_);
+        rotary({projected, rows_.cos, rows_.sin, out, rows_.tokens, heads, size, width, width, rows_.dtype, 0},
+               threads_);
     }
 
     const DecoderBlock& block_;

@@ -1,5 +1,5 @@
-// RMSNorm, rotary embedding and SwiGLU with their gradients, written so that a compiler vectorizes them: each instruction set's file compiles
-// its own copy, with internal linkage (see scales.h).
+// RMSNorm, rotary embedding and SwiGLU with their gradients, written so that a compiler vectorizes them: each instruction
+// set's file compiles its own copy, with internal linkage (see scales.h).
 #pragma once
 
 #include <cmath>
@@ -82,8 +82,8 @@ struct Elementwise {
     // Rounded to the dtype, as torch rounds what a sum is made of.
     static float product(float x, T factor) { return ToFloat(FromFloat(x * ToFloat(factor))); }
 
-    // The pointers of a head are parameters: GCC takes its word for `restrict` only there, and of so many pointers it would
-    // not compare each with each other.
+    // The pointers of a head are parameters: only there does GCC believe `restrict`, and so many pointers it would not
+    // compare with each other at run time.
     static void rotary_head(const T* __restrict x, const T* __restrict cosines, const T* __restrict first_sines,
                             const T* __restrict second_sines, T* __restrict first_out, T* __restrict second_out,
                             float sign, int64_t half) {

@@ -63,9 +63,10 @@ struct RmsNorm {
     int32_t dtype;
 };
 
-// With inv = 1 / sqrt(mean(x^2) + epsilon) and g = dout * weight, per row: dx = residual + inv * (g - x * inv^2 * mean(g x)),
-// and dweight = sum of dout * x * inv over kNormBlock rows at a time: so few that adding them one by one in fp32 is exact
-// enough, and sums that do not depend on the number of threads.
+// With inv = 1 / sqrt(mean(x^2) + epsilon) and g = dout * weight, per row:
+//     dx = residual + inv * (g - x * inv^2 * mean(g * x))
+// and dweight = sum of dout * x * inv over kNormBlock rows at a time: few enough to be added one by one in fp32, and no
+// sum depends on the number of threads.
 constexpr int64_t kNormBlock = 16;
 struct RmsNormBackward {
     const void* dout;      // [rows, width], as x and residual
