@@ -23,7 +23,7 @@ constexpr int64_t kSideLayerGrain = 4;
 }  // namespace
 
 // Raised whenever a signature or a struct below changes; native.py refuses another number.
-LADDER_API int32_t ladder_abi_version() { return 5; }
+LADDER_API int32_t ladder_abi_version() { return 6; }
 
 LADDER_API const char* ladder_isa() { return ladder::current_isa().name; }
 
@@ -76,6 +76,14 @@ LADDER_API void ladder_rms_norm(const ladder::RmsNorm* call, int32_t threads) { 
 LADDER_API void ladder_rotary(const ladder::Rotary* call, int32_t threads) { ladder::rotary(*call, threads); }
 
 LADDER_API void ladder_swiglu(const ladder::SwiGlu* call, int32_t threads) { ladder::swiglu(*call, threads); }
+
+LADDER_API void ladder_rms_norm_backward(const ladder::RmsNormBackward* call, int32_t threads) {
+    ladder::rms_norm_backward(*call, threads);
+}
+
+LADDER_API void ladder_swiglu_backward(const ladder::SwiGluBackward* call, int32_t threads) {
+    ladder::swiglu_backward(*call, threads);
+}
 
 LADDER_API void ladder_side_layer(const ladder::SideLayer* call, int32_t threads) {
     ladder::SideLayerFn* side_layer = ladder::current_isa().vector->side_layer;

@@ -81,7 +81,9 @@ class DecoderCall {
             norm(projected, weight, at(scratch_.second), rows_.tokens * heads, size);
             projected = at(scratch_.second);
         }
-        rotary({projected, rows_.cos, rows_.sin, out, rows_.tokens, heads, size, heads * size, rows_.dtype}, threads_);
+        const int64_t width = heads * size;
+        rotary({projected, rows_.cos, rows_.sin, out, rows_.tokens, heads, size, width, width, rows_.dtype, 0},
+               threads_);
     }
 
     const DecoderBlock& block_;

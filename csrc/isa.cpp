@@ -103,15 +103,19 @@ bool has_amx() {
 #endif
 
 #ifdef LADDER_X86
-const VectorKernels kAvx512 = {dequantize_avx512, quantize_avx512, cross_entropy_avx512,
-                               rms_norm_avx512,   rotary_avx512,   swiglu_avx512,
-                               side_layer_avx512};
-const VectorKernels kAvx2 = {dequantize_avx2, quantize_avx2, cross_entropy_avx2, rms_norm_avx2, rotary_avx2, swiglu_avx2,
-                             side_layer_avx2};
+const VectorKernels kAvx512 = {
+    dequantize_avx512, quantize_avx512, cross_entropy_avx512,
+    rms_norm_avx512, rotary_avx512, swiglu_avx512,
+    rms_norm_backward_avx512, swiglu_backward_avx512, side_layer_avx512};
+const VectorKernels kAvx2 = {
+    dequantize_avx2, quantize_avx2, cross_entropy_avx2,
+    rms_norm_avx2, rotary_avx2, swiglu_avx2,
+    rms_norm_backward_avx2, swiglu_backward_avx2, side_layer_avx2};
 #endif
-const VectorKernels kScalar = {dequantize_scalar, quantize_scalar, cross_entropy_scalar,
-                               rms_norm_scalar,   rotary_scalar,   swiglu_scalar,
-                               side_layer_scalar};
+const VectorKernels kScalar = {
+    dequantize_scalar, quantize_scalar, cross_entropy_scalar,
+    rms_norm_scalar, rotary_scalar, swiglu_scalar,
+    rms_norm_backward_scalar, swiglu_backward_scalar, side_layer_scalar};
 
 // Fastest first.
 const Isa kIsas[] = {

@@ -13,6 +13,8 @@ struct VectorKernels {
     RmsNormFn* rms_norm;
     RotaryFn* rotary;
     SwiGluFn* swiglu;
+    RmsNormBackwardFn* rms_norm_backward;
+    SwiGluBackwardFn* swiglu_backward;
     SideLayerFn* side_layer;
 };
 

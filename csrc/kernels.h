@@ -63,17 +63,38 @@ struct RmsNorm {
     int32_t dtype;
 };
 
+// With inv = 1 / sqrt(mean(x^2) + epsilon) and g = dout * weight, per row:
+//     dx = residual + inv * (g - x * inv^2 * mean(g * x))
+// and dweight = sum of dout * x * inv over kNormBlock rows at a time: few enough to be added one by one in fp32, and no
+// sum depends on the number of threads.
+constexpr int64_t kNormBlock = 16;
+struct RmsNormBackward {
+    const void* dout;      // [rows, width], as x and residual
+    const void* x;
+    const void* weight;    // [width]
+    const void* residual;
+    void* dx;              // [rows, width]
+    float* dweight;        // [ceil(rows / kNormBlock), width]
+    int64_t rows;
+    int64_t width;
+    float epsilon;
+    int32_t dtype;
+};
+
 // out = x * cos + (-x2, x1) * sin per head, x1 and x2 being its halves, both products rounded to dtype before the sum.
+// With is_backward the transposed rotation: x * cos + (y2, -y1) with y = x * sin.
 struct Rotary {
     const void* x;    // [tokens, heads, head_dim], tokens x_stride elements apart
     const void* cos;  // [tokens, head_dim]
     const void* sin;  // [tokens, head_dim]
-    void* out;        // [tokens, heads, head_dim]
+    void* out;        // [tokens, heads, head_dim], tokens out_stride elements apart
     int64_t tokens;
     int64_t heads;
     int64_t head_dim;
     int64_t x_stride;
+    int64_t out_stride;
     int32_t dtype;
+    int32_t is_backward;
 };
 
 // out = silu(gate) * up, silu rounded to dtype before the product. out may be gate.
@@ -85,6 +106,17 @@ struct SwiGlu {
     int64_t width;
     int64_t gate_stride;
     int64_t up_stride;
+    int32_t dtype;
+};
+
+// The activation silu(gate) * up as SwiGlu computes it, and from its gradient dout those of gate and up.
+struct SwiGluBackward {
+    const void* gate_up;  // [rows, 2 width], gate before up
+    const void* dout;     // [rows, width]
+    void* activation;     // [rows, width]
+    void* dgate_up;       // [rows, 2 width]
+    int64_t rows;
+    int64_t width;
     int32_t dtype;
 };
 
@@ -171,6 +203,10 @@ using CrossEntropyFn = void(const CrossEntropy& problem, int64_t first_row, int6
 using RmsNormFn = void(const RmsNorm& call, int64_t begin, int64_t end);
 using RotaryFn = void(const Rotary& call, int64_t begin, int64_t end);
 using SwiGluFn = void(const SwiGlu& call, int64_t begin, int64_t end);
+using SwiGluBackwardFn = void(const SwiGluBackward& call, int64_t begin, int64_t end);
+
+// Rows [begin, end), begin a multiple of kNormBlock.
+using RmsNormBackwardFn = void(const RmsNormBackward& call, int64_t begin, int64_t end);
 
 // Rows [begin, end), with scratch of side_layer_scratch(call) bytes.
 using SideLayerFn = void(const SideLayer& call, int64_t begin, int64_t end, void* scratch);
@@ -183,6 +219,8 @@ CrossEntropyFn cross_entropy_scalar, cross_entropy_avx2, cross_entropy_avx512;
 RmsNormFn rms_norm_scalar, rms_norm_avx2, rms_norm_avx512;
 RotaryFn rotary_scalar, rotary_avx2, rotary_avx512;
 SwiGluFn swiglu_scalar, swiglu_avx2, swiglu_avx512;
+RmsNormBackwardFn rms_norm_backward_scalar, rms_norm_backward_avx2, rms_norm_backward_avx512;
+SwiGluBackwardFn swiglu_backward_scalar, swiglu_backward_avx2, swiglu_backward_avx512;
 SideLayerFn side_layer_scalar, side_layer_avx2, side_layer_avx512;
 
 }  // namespace ladder

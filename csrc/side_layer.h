@@ -85,7 +85,8 @@ struct SideLayerOf {
             linear(call, scratch.normed, call.qkv, columns, call.width, nullptr, scratch.columns, scratch.wide);
             const T* cosines = static_cast<const T*>(call.cos) + row * size;
             const T* sines = static_cast<const T*>(call.sin) + row * size;
-            Rows::rotary({scratch.columns, cosines, sines, out, 1, rotated, size, columns, call.dtype}, 0, 1);
+            const Rotary turn = {scratch.columns, cosines, sines, out, 1, rotated, size, columns, columns, call.dtype, 0};
+            Rows::rotary(turn, 0, 1);
             for (int64_t i = rotated * size; i < columns; ++i) out[i] = scratch.columns[i];
         }
     }

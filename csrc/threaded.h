@@ -44,4 +44,17 @@ inline void swiglu(const SwiGlu& call, int64_t threads) {
                  [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
 }
 
+inline void rms_norm_backward(const RmsNormBackward& call, int64_t threads) {
+    RmsNormBackwardFn* kernel = current_isa().vector->rms_norm_backward;
+    const int64_t rows = row_grain(kElementwiseGrain, call.width);
+    const int64_t grain = (rows + kNormBlock - 1) / kNormBlock * kNormBlock;
+    parallel_for(call.rows, grain, threads, [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
+}
+
+inline void swiglu_backward(const SwiGluBackward& call, int64_t threads) {
+    SwiGluBackwardFn* kernel = current_isa().vector->swiglu_backward;
+    parallel_for(call.rows, row_grain(kElementwiseGrain, call.width), threads,
+                 [&](int64_t begin, int64_t end) { kernel(call, begin, end); });
+}
+
 }  // namespace ladder

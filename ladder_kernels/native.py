@@ -164,12 +164,35 @@ def rms_norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return out
 
 
+def rms_norm_backward(
+    dout: Tensor, x: Tensor, weight: Tensor, epsilon: float, residual: Tensor
+) -> tuple[Tensor, Tensor]:
+    """residual + the gradient of x [R, D], and that of the weight, fp32 [D], contiguous tensors of one dtype given.
+
+    Sums over rows are in fp32 and do not depend on the number of threads.
+    """
+    rows, width = x.shape
+    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    dweight = torch.empty(-(-rows // abi.NORM_BLOCK), width, dtype=torch.float32, device=x.device)
+    tensors = (dout, x, weight, residual, dx, dweight)
+    call = abi.RmsNormBackward(*(t.data_ptr() for t in tensors), rows, width, epsilon, abi.DTYPE_CODES[x.dtype])
+    _library().ladder_rms_norm_backward(ctypes.byref(call), torch.get_num_threads())
+    return dx, dweight.sum(dim=0)
+
+
 def rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """`reference.rotary` of [T, H, d] with contiguous tokens and tables."""
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    call = abi.Rotary(
-        x.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr(), *x.shape, x.stride(0), abi.DTYPE_CODES[x.dtype]
-    )
+    return _rotary(x, cos, sin, torch.empty(x.shape, dtype=x.dtype, device=x.device), is_backward=False)
+
+
+def rotary_backward(dout: Tensor, cos: Tensor, sin: Tensor, out: Tensor) -> Tensor:
+    """The gradient of `rotary` into `out` of the same shape, both [T, H, d] with contiguous tokens."""
+    return _rotary(dout, cos, sin, out, is_backward=True)
+
+
+def _rotary(x: Tensor, cos: Tensor, sin: Tensor, out: Tensor, is_backward: bool) -> Tensor:
+    pointers = (x.data_ptr(), cos.data_ptr(), sin.data_ptr(), out.data_ptr())
+    call = abi.Rotary(*pointers, *x.shape, x.stride(0), out.stride(0), abi.DTYPE_CODES[x.dtype], is_backward)
     _library().ladder_rotary(ctypes.byref(call), torch.get_num_threads())
     return out
 
@@ -187,6 +210,16 @@ def swiglu(gate: Tensor, up: Tensor, out: Tensor) -> Tensor:
     )
     _library().ladder_swiglu(ctypes.byref(call), torch.get_num_threads())
     return out
+
+
+def swiglu_backward(gate_up: Tensor, dout: Tensor) -> tuple[Tensor, Tensor]:
+    """`swiglu` [R, F] of the halves of gate_up [R, 2 F], and their gradients [R, 2 F], contiguous tensors given."""
+    out = torch.empty(dout.shape, dtype=dout.dtype, device=dout.device)
+    dgate_up = torch.empty(gate_up.shape, dtype=dout.dtype, device=dout.device)
+    tensors = (gate_up, dout, out, dgate_up)
+    call = abi.SwiGluBackward(*(t.data_ptr() for t in tensors), *dout.shape, abi.DTYPE_CODES[dout.dtype])
+    _library().ladder_swiglu_backward(ctypes.byref(call), torch.get_num_threads())
+    return out, dgate_up
 
 
 def side_layer(state: Tensor, weights: SideLayerWeights, call: SideLayerCall) -> Tensor:

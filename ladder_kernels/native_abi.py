@@ -9,8 +9,9 @@ import ctypes
 
 import torch
 
-ABI_VERSION = 5
+ABI_VERSION = 6
 DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+NORM_BLOCK = 16  # kNormBlock of csrc/kernels.h
 IN_FLOAT32_CODES = {torch.bfloat16: 3, torch.float16: 4}
 
 _pointer, _int64, _int32 = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
@@ -25,6 +26,8 @@ SIGNATURES: dict[str, tuple[list[type], type | None]] = {
     "ladder_rms_norm": ([_pointer, _int32], None),
     "ladder_rotary": ([_pointer, _int32], None),
     "ladder_swiglu": ([_pointer, _int32], None),
+    "ladder_rms_norm_backward": ([_pointer, _int32], None),
+    "ladder_swiglu_backward": ([_pointer, _int32], None),
     "ladder_side_layer": ([_pointer, _int32], None),
     "ladder_decoder_scratch": ([_pointer, _pointer], _int64),
     "ladder_decoder_heads": ([_pointer, _pointer, _int32], None),
@@ -92,6 +95,23 @@ class RmsNorm(ctypes.Structure):
     ]
 
 
+class RmsNormBackward(ctypes.Structure):
+    """`ladder::RmsNormBackward` of csrc/kernels.h."""
+
+    _fields_ = [
+        ("dout", _pointer),
+        ("x", _pointer),
+        ("weight", _pointer),
+        ("residual", _pointer),
+        ("dx", _pointer),
+        ("dweight", _pointer),
+        ("rows", _int64),
+        ("width", _int64),
+        ("epsilon", ctypes.c_float),
+        ("dtype", _int32),
+    ]
+
+
 class Rotary(ctypes.Structure):
     """`ladder::Rotary` of csrc/kernels.h."""
 
@@ -104,7 +124,9 @@ class Rotary(ctypes.Structure):
         ("heads", _int64),
         ("head_dim", _int64),
         ("x_stride", _int64),
+        ("out_stride", _int64),
         ("dtype", _int32),
+        ("is_backward", _int32),
     ]
 
 
@@ -119,6 +141,20 @@ class SwiGlu(ctypes.Structure):
         ("width", _int64),
         ("gate_stride", _int64),
         ("up_stride", _int64),
+        ("dtype", _int32),
+    ]
+
+
+class SwiGluBackward(ctypes.Structure):
+    """`ladder::SwiGluBackward` of csrc/kernels.h."""
+
+    _fields_ = [
+        ("gate_up", _pointer),
+        ("dout", _pointer),
+        ("activation", _pointer),
+        ("dgate_up", _pointer),
+        ("rows", _int64),
+        ("width", _int64),
         ("dtype", _int32),
     ]
 

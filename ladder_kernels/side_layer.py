@@ -9,9 +9,10 @@
 Kept for backward: s, the parameters and the rotary tables, which all layers share. Backward computes the rest again.
 The merge of a tap's projection into the state happens in `tap`, so the state given here is merged and z is never kept.
 
-An autograd function and no `torch.library` op: on a CPU it is made of torch operations in both directions, which memory
-trackers and tracers see through, and on a GPU the sequence of kernels is in `ladder_kernels.gpu.side_layer`. Decoding a
-few rows on a CPU, without a gradient, is two native calls around the attention.
+An autograd function and no `torch.library` op: under a dispatch mode it is plain torch in both directions, which memory
+trackers and tracers see through. The sequence of a GPU's kernels is in `ladder_kernels.gpu.side_layer`. On a CPU native
+kernels lie between torch's products, of the backward pass in `ladder_kernels.side_layer_backward`; decoding a few rows
+there, without a gradient, is two native calls around the attention.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from ladder_kernels import elementwise, native, reference
 from ladder_kernels.attention import attention
 from ladder_kernels.checks import COMPUTE_DTYPES, check_contiguous, check_device, check_dtype, check_like, check_shape
 from ladder_kernels.dispatch import runs_eagerly, uses_triton_products, without_autocast
+from ladder_kernels.side_layer_backward import side_layer_backward
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Attention of rotated query [T, Hq, d], key and value [T, Hkv, d] -> [T, Hq d]."""
@@ -138,7 +140,7 @@ def side_layer(
             return _SideLayer.apply(state, *weights, cos, sin, offsets, shape)
         if _runs_native(state, weights):
             return native.side_layer(state, weights, call)
-        return _forward(state, weights, call, elementwise)
+        return _forward(state, weights, call)
 
 
 class _SideLayer(torch.autograd.Function):
@@ -149,7 +151,7 @@ class _SideLayer(torch.autograd.Function):
         *tensors, shape = inputs
         ctx.save_for_backward(state, *tensors)
         ctx.shape = shape
-        return _forward(state, SideLayerWeights(*tensors[:6]), SideLayerCall(*tensors[6:], shape), reference)
+        return _forward(state, SideLayerWeights(*tensors[:6]), SideLayerCall(*tensors[6:], shape))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -161,17 +163,19 @@ class _SideLayer(torch.autograd.Function):
                 from ladder_kernels.gpu import side_layer as gpu  # Triton is not installed everywhere
 
                 gradients = gpu.side_layer_backward(dout, state, weights, call)
+            elif _has_native_backward(dout, state, *tensors[:-1]):
+                gradients = side_layer_backward(dout, state, weights, call, ctx.needs_input_grad[:7])
             else:
                 gradients = _plain_backward(dout, state, weights, call, ctx.needs_input_grad[:7])
         return (*gradients, None, None, None, None)
 
 
-def _forward(state: Tensor, weights: SideLayerWeights, call: SideLayerCall, operations: ModuleType) -> Tensor:
+def _forward(state: Tensor, weights: SideLayerWeights, call: SideLayerCall) -> Tensor:
     if _runs_triton(state, *weights):
         from ladder_kernels.gpu import side_layer as gpu  # Triton is not installed everywhere
 
         return gpu.side_layer(state, weights, call)
-    return plain_side_layer(state, weights, call, operations)
+    return plain_side_layer(state, weights, call, elementwise)
 
 
 def plain_side_layer(
@@ -179,8 +183,7 @@ def plain_side_layer(
 ) -> Tensor:
     """The layer in torch operations, arguments checked.
 
-    `operations` has rms_norm, rotary and swiglu: `reference`, whose bits do not depend on whether a gradient is wanted,
-    or something faster.
+    `operations` has rms_norm, rotary and swiglu: `reference`, or `elementwise`, faster where autograd does not look on.
     """
     shape, dtype = call.shape, state.dtype
     attention_norm, qkv, attention_out, mlp_norm, gate_up, mlp_out = (weight.to(dtype) for weight in weights)
@@ -204,6 +207,16 @@ def _runs_native(state: Tensor, weights: SideLayerWeights) -> bool:
         and state.dtype in COMPUTE_DTYPES
         and sum(weight.numel() for weight in weights) <= NATIVE_WEIGHTS
         and runs_eagerly(state, *weights)
+        and native.available()
+    )
+
+
+def _has_native_backward(dout: Tensor, state: Tensor, *others: Tensor) -> bool:
+    return (
+        state.is_cpu
+        and state.numel() > 0
+        and state.dtype in COMPUTE_DTYPES
+        and runs_eagerly(dout, state, *others)
         and native.available()
     )
 

@@ -178,6 +178,54 @@ def test_native_writes_its_own_memory_only(native_isa):
     assert bool((buffer[0] == 7.0).all()) and bool((buffer[3] == 7.0).all())
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(130, 4, 32), *SHAPES[1:3]], ids=str)
+@pytest.mark.parametrize("name", OPS)
+def test_native_gradients(native_isa, name, shape, dtype):
+    """Against autograd, also of tables whose halves differ and rows that are columns of a wider matrix."""
+    given = arguments(name, shape, dtype)
+    dout = torch.randn_like(given[0])
+
+    def gradients(wide):
+        leaves = [tensor.to(wide).requires_grad_() for tensor in given]
+        out = torch.autograd.grad(OPS[name][1](*leaves), leaves[: 1 if name == "rotary" else 2], dout.to(wide))
+        return (out[0] + dout, out[1]) if name == "rms_norm" else out  # where it is the residual, too
+
+    if name == "rms_norm":
+        dx, dweight = native.rms_norm_backward(dout, *given, 1e-5, dout)
+        got = dx, dweight.to(dtype)
+    elif name == "swiglu":
+        activation, both = native.swiglu_backward(torch.cat(given, dim=1), dout)
+        assert_same_bits("activation", activation, swiglu(*given))
+        got = both.chunk(2, dim=1)
+    else:
+        buffer = torch.full((shape[0], shape[1] + 2, shape[2]), 7.0, dtype=dtype)
+        got = (native.rotary_backward(dout, *given[1:], buffer[:, 1:-1]),)
+        assert bool((buffer[:, 0] == 7.0).all()) and bool((buffer[:, -1] == 7.0).all())
+    for number, values in enumerate(zip(got, gradients(torch.float64), gradients(dtype), strict=True)):
+        assert_close_to_truth(f"gradient {number} of {name}", *values)
+
+
+def test_norm_gradients_do_not_depend_on_threads(native_isa):
+    x, dout, weight = torch.randn(1031, 64), torch.randn(1031, 64), torch.randn(64)
+    threads, results = torch.get_num_threads(), []
+    for count in (1, 2, 5):
+        torch.set_num_threads(count)
+        results.append(native.rms_norm_backward(dout, x, weight, 1e-5, x))
+    torch.set_num_threads(threads)
+    for dx, dweight in results[1:]:
+        assert_same_bits("dx", dx, results[0][0])
+        assert_same_bits("dweight", dweight, results[0][1])
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-30, 90.0, -90.0, 1e30, -1e30])
+def test_gradient_of_silu_over_the_whole_range(native_isa, value):
+    gate = torch.full((2, 40), value, requires_grad=True)
+    reference.swiglu(gate, torch.ones(2, 40)).sum().backward()
+    _, both = native.swiglu_backward(torch.cat((gate.detach(), torch.ones(2, 40)), dim=1), torch.ones(2, 40))
+    torch.testing.assert_close(both[:, :40], gate.grad)
+
+
 def test_wrong_arguments():
     x = torch.randn(3, 2, 4)
     with pytest.raises(ValueError, match=r"rms_norm: expected weight of shape \[4\], got \[3\]"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -18,13 +19,22 @@ LENGTHS = (5, 1, 7)
 NAMES = ("state", *SideLayerWeights._fields)
 
 
-def inputs(dtype: torch.dtype, weight_dtype: torch.dtype | None = None, width: int = WIDTH) -> list[Tensor]:
+def inputs(
+    dtype: torch.dtype,
+    weight_dtype: torch.dtype | None = None,
+    heads: int = HEADS,
+    kv_heads: int = KV_HEADS,
+    head_dim: int = HEAD_DIM,
+    width: int = WIDTH,
+    inner: int = INNER,
+    lengths: tuple[int, ...] = LENGTHS,
+) -> list[Tensor]:
     """State, the six weights, cos and sin; the first seven want gradients."""
-    tokens, mixed = sum(LENGTHS), HEADS * HEAD_DIM
-    rows = (HEADS + 2 * KV_HEADS) * HEAD_DIM
-    shapes = [(width,), (rows, width), (width, mixed), (width,), (2 * INNER, width), (width, INNER)]
+    tokens, mixed = sum(lengths), heads * head_dim
+    rows = (heads + 2 * kv_heads) * head_dim
+    shapes = [(width,), (rows, width), (width, mixed), (width,), (2 * inner, width), (width, inner)]
     weights = [torch.randn(shape) * shape[-1] ** -0.5 if len(shape) == 2 else torch.rand(shape) + 1 for shape in shapes]
-    angles = torch.randn(tokens, HEAD_DIM // 2).repeat(1, 2)
+    angles = torch.randn(tokens, head_dim // 2).repeat(1, 2)
     state = torch.randn(tokens, width).to(dtype).requires_grad_()
     leaves = [state, *(w.to(weight_dtype or dtype).requires_grad_() for w in weights)]
     return [*leaves, angles.cos().to(dtype), angles.sin().to(dtype)]
@@ -57,7 +67,10 @@ def copied(tensors: list[Tensor], dtype: torch.dtype | None = None) -> list[Tens
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
-def test_same_bits_as_plain_torch(dtype: torch.dtype) -> None:
+def test_same_bits_as_plain_torch(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """Without the native library, which fp64 does not use anyway."""
+    if dtype != torch.float64:
+        monkeypatch.setattr(native, "available", lambda: False)
     tensors = inputs(dtype, torch.promote_types(dtype, torch.float32))
     expected = copied(tensors)
     out, plain_out = ours(tensors), plain(expected)
@@ -68,6 +81,67 @@ def test_same_bits_as_plain_torch(dtype: torch.dtype) -> None:
     for name, leaf, other in zip(NAMES, tensors, expected, strict=False):
         assert leaf.grad is not None and other.grad is not None
         assert_same_bits(f"gradient of {name}", leaf.grad, other.grad)
+
+
+# (rows per document, query heads, key heads, head size, S, F): ragged, aligned and longer than a block of the norms'
+# sums, one row, an empty document, grouped heads
+TRAINED = [
+    (LENGTHS, HEADS, KV_HEADS, HEAD_DIM, WIDTH, INNER),
+    ((64, 64, 64), 1, 1, 64, 64, 320),
+    ((1,), 1, 1, 2, 7, 3),
+    ((9, 0, 4), 2, 1, 4, 33, 17),
+    ((70, 1, 59), 6, 2, 32, 96, 41),
+]
+
+
+@pytest.mark.parametrize("weight_dtype", [None, torch.float32], ids=["narrow", "wide"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("sizes", TRAINED, ids=str)
+def test_training(
+    native_isa: str, sizes: tuple[Any, ...], dtype: torch.dtype, weight_dtype: torch.dtype | None
+) -> None:
+    """The native forward and backward pass; dout is not contiguous."""
+    lengths, *shape = sizes
+    tensors = inputs(dtype, weight_dtype, *shape, lengths=lengths)
+    state, *weights, cos, sin = tensors
+    dout = torch.randn(state.shape[::-1]).to(dtype).T
+
+    def gradients(tensors: list[Tensor], operation: Any) -> tuple[Tensor, ...]:
+        state, *weights, cos, sin = tensors
+        out = operation(state, SideLayerWeights(*weights), SideLayerCall(cos, sin, None, of, None))
+        return (out.detach(), *torch.autograd.grad(out, tensors[:7], dout.to(out.dtype)))
+
+    def public(state: Tensor, weights: SideLayerWeights, call: SideLayerCall) -> Tensor:
+        return side_layer(state, weights, call.cos, call.sin, lengths, 1e-5)
+
+    heads, kv_heads, head_dim = shape[:3]
+    of = SideLayerShape(heads, kv_heads, head_dim, lengths, 1e-5)
+    got = gradients(tensors, public)
+    truth, plain_gradients = (gradients(copied(tensors, wide), plain_side_layer) for wide in (torch.float64, None))
+    for name, *values in zip(("out", *NAMES), got, truth, plain_gradients, strict=True):
+        assert_close_to_truth(name, *values)
+    for name, one, leaf in zip(NAMES, got[1:], tensors, strict=False):
+        assert one.dtype == leaf.dtype, name
+    with torch.no_grad():
+        if sum(lengths) > NATIVE_ROWS:
+            assert_same_bits(
+                "evaluation", public(state, SideLayerWeights(*weights), SideLayerCall(cos, sin, None, of)), got[0]
+            )
+    for name, one, other in zip(("out", *NAMES), gradients(tensors, public), got, strict=True):
+        assert_same_bits(name, one, other)
+
+
+def test_training_takes_the_native_backward(monkeypatch: pytest.MonkeyPatch, native_isa: str) -> None:
+    monkeypatch.setattr(sys.modules["ladder_kernels.side_layer"], "_plain_backward", None)
+    ours(inputs(torch.float32)).sum().backward()
+
+
+def test_no_rows() -> None:
+    state, *weights, cos, sin = inputs(torch.float32)
+    empty = state.detach()[:0].requires_grad_()
+    side_layer(empty, SideLayerWeights(*weights), cos[:0], sin[:0], [0], 1e-5).sum().backward()
+    assert empty.grad is not None and empty.grad.shape == empty.shape
+    assert all(weight.grad is not None and not weight.grad.any() for weight in weights)
 
 
 def test_without_gradients() -> None:
@@ -83,7 +157,7 @@ def test_without_gradients() -> None:
 @pytest.mark.parametrize(("rows", "width"), [(1, 64), (1, 7), (NATIVE_ROWS, 40), (NATIVE_ROWS + 1, 40)], ids=str)
 def test_few_rows(native_isa: str, rows: int, width: int, dtype: torch.dtype, weight_dtype: torch.dtype | None) -> None:
     """Every row is a document of its own beside two earlier ones, as in cached decoding."""
-    tensors = [t.detach() for t in inputs(dtype, weight_dtype, width)]
+    tensors = [t.detach() for t in inputs(dtype, weight_dtype, width=width)]
     tensors[0], tensors[7], tensors[8] = (tensors[i][:rows].contiguous() for i in (0, 7, 8))
     earlier = torch.randn(2, rows, KV_HEADS, 2, HEAD_DIM).to(dtype)
 
@@ -128,16 +202,16 @@ def test_only_its_inputs_are_kept_for_backward() -> None:
 
 
 def test_only_wanted_gradients_are_computed() -> None:
-    tensors, expected = inputs(torch.float32), None
-    expected = copied(tensors)
-    for leaves in (tensors, expected):
-        for index in (0, 2, 6):
-            leaves[index].requires_grad_(False)
-    ours(tensors).sum().backward()
-    plain(expected).sum().backward()
-    for index, (leaf, other) in enumerate(zip(tensors[:7], expected, strict=False)):
-        assert (leaf.grad is None) == (index in (0, 2, 6))
-        assert leaf.grad is None or torch.equal(leaf.grad, other.grad)
+    for unwanted in ((0, 2, 6), (1, 3, 4, 5)):
+        tensors = inputs(torch.float32)
+        expected = copied(tensors)
+        for index in unwanted:
+            tensors[index].requires_grad_(False)
+        for leaves in (tensors, expected):
+            ours(leaves).sum().backward()
+        for index, (leaf, other) in enumerate(zip(tensors[:7], expected, strict=False)):
+            assert (leaf.grad is None) == (index in unwanted)
+            assert leaf.grad is None or torch.equal(leaf.grad, other.grad)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -149,10 +223,9 @@ def test_attention_can_be_computed_elsewhere(dtype: torch.dtype) -> None:
         shapes.append((query.shape, key.shape, value.shape))
         return attention(query, key, value, LENGTHS)
 
-    out = ours(tensors, attend=attend)
-    assert_same_bits("with gradients", out, ours(tensors))
-    given = torch.autograd.grad(out.float().sum(), tensors[:7])
-    expected = torch.autograd.grad(ours(tensors).float().sum(), tensors[:7])
+    out, plain_out = ours(tensors, attend=attend), plain(tensors)
+    assert_same_bits("with gradients", out, plain_out)
+    given, expected = (torch.autograd.grad(o.float().sum(), tensors[:7]) for o in (out, plain_out))
     for name, one, other in zip(NAMES, given, expected, strict=True):
         assert_same_bits(f"gradient of {name}", one, other)
     with torch.no_grad():
