@@ -14,7 +14,7 @@ from benchmarks.qlora import load_nf4_model
 from benchmarks.registry import Case, Context
 from benchmarks.shapes import ModelShape, model_shape, random_tensors
 from engine.backbone import Backbone, load_backbone
-from engine.backbone.decoder import Block
+from engine.backbone.block import Block
 from engine.backbone.families import backbone_config, expected_tensors
 from engine.backbone.layout import PackedBlock, pack
 from engine.backbone.loader import assemble_block, with_layers

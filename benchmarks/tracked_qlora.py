@@ -21,7 +21,7 @@ from transformers import PreTrainedConfig
 from benchmarks.qlora import LORA_RANK
 from benchmarks.tracked_step import empty_tensors, optimizer_with_moments
 from benchmarks.tracker import StorageTracker, tracked
-from engine.backbone.decoder import Block, Linear
+from engine.backbone.block import Block, Linear
 from engine.backbone.families import BackboneConfig, backbone_config
 from engine.memory.workload import MemoryPolicies
 from engine.sequence import rotary_table

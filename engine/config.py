@@ -29,6 +29,7 @@ _INTEGERS: dict[str, tuple[int, int]] = {
     "num_taps": (1, 1024),
     "tap_every": (1, 1024),
     "tap_rank": (1, 4096),
+    "rejoin": (0, 1024),
     "seed": (0, 2**63 - 1),
 }
 _OPTIONAL = ("num_side_layers", "num_taps")
@@ -54,6 +55,8 @@ class LadderConfig:
         tap_rank: inner width of "low_rank" and "adapter".
         output: "residual" y = h_L + up(s); "side_only" y = up(norm(s)) (LST); "mix" y = a*h_L + (1-a)*up(s), a trained
             scalar that starts at 1 (QST).
+        rejoin: frozen blocks k that y still passes. The side network follows the lower L - k blocks, its output takes
+            the place of h_{L-k} (which stands for h_L above), and gradients come down through the top k to reach it.
         gate_temperature: of the "lst" gate.
         seed: of the initial weights.
 
@@ -72,6 +75,7 @@ class LadderConfig:
     tap_down: str = "linear"
     tap_rank: int = 16
     output: str = "residual"
+    rejoin: int = 0
     gate_temperature: float = 0.1
     seed: int = 0
 

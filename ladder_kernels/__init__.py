@@ -11,6 +11,7 @@ from ladder_kernels.attention import attention
 from ladder_kernels.decoder_block import DecoderWeights, PackedDecoderBlock, PackedLinear
 from ladder_kernels.elementwise import rms_norm, rotary, swiglu, swiglu_
 from ladder_kernels.embedding import embedding_rows
+from ladder_kernels.frozen_linear import frozen_linear
 from ladder_kernels.frozen_norm import frozen_rms_norm
 from ladder_kernels.head import HeadWeight, decode_head, head_logits
 from ladder_kernels.int8 import Int8Weight, quantize_int8
@@ -34,6 +35,7 @@ __all__ = [
     "decode_head",
     "dequantize_nf4",
     "embedding_rows",
+    "frozen_linear",
     "frozen_rms_norm",
     "head_logits",
     "linear_cross_entropy",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,7 @@ def naive_logits(network: SideNetwork, config: LadderConfig, family: str, input_
 
     Autograd runs through everything, the frozen backbone included, whose hidden states are made to require gradients.
     """
-    hidden, head, final_norm = _transformers_states(family, input_ids)
+    hidden, head, final_norm, blocks = _transformers_states(family, input_ids)
     p = {name: value.double() for name, value in network.named_parameters()}
     pairs, num_side_layers = connections(config, len(hidden) - 1)
     tapped_by = {side_layer: backbone_layer for backbone_layer, side_layer in pairs}
@@ -96,17 +97,23 @@ def naive_logits(network: SideNetwork, config: LadderConfig, family: str, input_
         assert state is not None
         state = _side_layer(p, f"layers.{j}.", state, network)
     assert state is not None
-    last = hidden[-1]
+    joins_at = len(blocks) - config.rejoin
+    last = hidden[joins_at]
     if config.output == "residual":
         y = last + state @ p["side_up"].T
     elif config.output == "side_only":
         y = _rms_norm(state, p["final_norm"], network.eps) @ p["side_up"].T
     else:
         y = p["mix_alpha"] * last + (1 - p["mix_alpha"]) * (state @ p["side_up"].T)
+    for block in blocks[joins_at:]:
+        y = block(y)
     return final_norm(y) @ head.T
 
 
-def _transformers_states(family: str, input_ids: Tensor) -> tuple[list[Tensor], Tensor, Any]:
+def _transformers_states(
+    family: str, input_ids: Tensor
+) -> tuple[list[Tensor], Tensor, Any, list[Callable[[Tensor], Tensor]]]:
+    """h_0 .. h_L, the head, the final norm and the blocks, which take and return [T, D]."""
     model = AutoModelForCausalLM.from_pretrained(
         checkpoint_folder(family), dtype=torch.float64, attn_implementation="sdpa"
     )
@@ -117,12 +124,18 @@ def _transformers_states(family: str, input_ids: Tensor) -> tuple[list[Tensor], 
             module.forward = lambda x, m=module: _rms_norm(x, m.weight, m.variance_epsilon)
     hidden: list[Tensor] = []
     embedded = model.model.embed_tokens(input_ids[None]).requires_grad_()
-    hooks = [layer.register_forward_hook(lambda m, a, out: hidden.append(out)) for layer in model.model.layers]
-    model.model(inputs_embeds=embedded)
+    blocks: list[Callable[[Tensor], Tensor]] = []
+
+    def note(module: Any, arguments: Any, options: dict[str, Any], out: Tensor) -> None:
+        hidden.append(out)
+        blocks.append(lambda x: module(x[None], **options)[0])
+
+    hooks = [layer.register_forward_hook(note, with_kwargs=True) for layer in model.model.layers]
+    model.model(inputs_embeds=embedded, use_cache=False)
     for hook in hooks:
         hook.remove()
     assert all(state.requires_grad for state in hidden)
-    return [embedded[0], *(state[0] for state in hidden)], model.lm_head.weight, model.model.norm
+    return [embedded[0], *(state[0] for state in hidden)], model.lm_head.weight, model.model.norm, blocks
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

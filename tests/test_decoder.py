@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DynamicCache, PreTrainedModel
 
 from engine.backbone import Backbone, load_backbone
-from engine.backbone.decoder import Linear
+from engine.backbone.block import Linear
 from engine.sequence import SequenceLayout
 from ladder_kernels import NF4Weight, dequantize_nf4
 

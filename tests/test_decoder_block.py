@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from transformers import DynamicCache
 
 from engine.backbone import Backbone, load_backbone
-from engine.backbone.decoder import Block
+from engine.backbone.block import Block
 from engine.sequence import SequenceLayout
 from ladder_kernels import (
     DecoderWeights,

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from engine.backbone import Backbone, load_backbone, loader, packed_cache, residency
-from engine.backbone.decoder import Block
+from engine.backbone.block import Block
 from engine.backbone.layout import PackedBlock, describe, pack, packed_nbytes
 from engine.backbone.residency import Layers, Placement, place
 from engine.model.adapter import save_adapter

@@ -10,112 +10,36 @@ There is no batch dimension: hidden states are [T, D] and a `SequenceLayout` say
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, fields
-from functools import cached_property
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoTokenizer, DynamicCache, PreTrainedConfig, PreTrainedTokenizerBase
 
+from engine.backbone.block import Block, wants_gradient
 from engine.backbone.chunks import by_rows
 from engine.backbone.families import BackboneConfig, rotary_frequencies
 from engine.backbone.host_memory import pin, unpin
 from engine.sequence import SequenceLayout, attention, rotary_table
 from ladder_kernels import (
-    DecoderWeights,
     HeadWeight,
     Int8Weight,
     NF4Weight,
-    PackedDecoderBlock,
-    PackedLinear,
     Workspace,
     embedding_rows,
     frozen_rms_norm,
     head_logits,
-    nf4_linear,
     nf4_swiglu,
     rms_norm,
     rotary,
+    swiglu,
     swiglu_,
 )
 
 if TYPE_CHECKING:
     from engine.backbone.residency import Layers
-
-
-@dataclass(frozen=True)
-class Linear:
-    """A frozen y = x W^T + b with W [N, K] packed NF4 or dense, b [N] or None."""
-
-    weight: NF4Weight | Tensor
-    bias: Tensor | None = None
-
-    def __call__(self, x: Tensor, workspace: Workspace, residual: Tensor | None = None) -> Tensor:
-        """x W^T + b, plus the residual [T, N]."""
-        if isinstance(self.weight, NF4Weight):
-            return nf4_linear(x, self.weight, self.bias, residual, workspace=workspace)
-        out = F.linear(x, self.weight, self.bias)
-        return out if residual is None else residual + out
-
-    def map(self, fn: Callable[[Tensor], Tensor]) -> Linear:
-        """The same with `fn` applied to every tensor."""
-        weight = self.weight.map(fn) if isinstance(self.weight, NF4Weight) else fn(self.weight)
-        return Linear(weight, None if self.bias is None else fn(self.bias))
-
-
-@dataclass(frozen=True)
-class Block:
-    """The frozen weights of one decoder block."""
-
-    attention_norm: Tensor
-    query: Linear
-    key: Linear
-    value: Linear
-    output: Linear
-    mlp_norm: Tensor
-    gate: Linear
-    up: Linear
-    down: Linear
-    query_norm: Tensor | None = None
-    key_norm: Tensor | None = None
-
-    @cached_property
-    def packed(self) -> PackedDecoderBlock | None:
-        """The block as native kernels compute it for few rows; None unless all linears are packed, on a CPU."""
-        if not self.attention_norm.is_cpu:
-            return None
-        linears: list[PackedLinear] = []
-        for linear in (self.query, self.key, self.value, self.output, self.gate, self.up, self.down):
-            if not isinstance(linear.weight, NF4Weight):
-                return None
-            linears.append(PackedLinear(linear.weight, linear.bias))
-        norms = (self.attention_norm, self.mlp_norm, self.query_norm, self.key_norm)
-        return PackedDecoderBlock(DecoderWeights(*linears, *norms))
-
-    def map(self, fn: Callable[[Tensor], Tensor]) -> Block:
-        """The same with `fn` applied to every tensor, in an order that depends on the block's fields alone."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return Block(
-            **{
-                name: value.map(fn) if isinstance(value, Linear) else None if value is None else fn(value)
-                for name, value in values.items()
-            }
-        )
-
-    def tensors(self) -> list[Tensor]:
-        """Every tensor, packed weights with all their parts, in the order of `map`."""
-        found: list[Tensor] = []
-
-        def keep(tensor: Tensor) -> Tensor:
-            found.append(tensor)
-            return tensor
-
-        self.map(keep)
-        return found
 
 
 class Backbone:
@@ -227,7 +151,7 @@ class Backbone:
         return embedding_rows(input_ids.long(), self.embedding)
 
     def hidden_states(
-        self, input_ids: Tensor, layout: SequenceLayout, cache: DynamicCache | None = None
+        self, input_ids: Tensor, layout: SequenceLayout, cache: DynamicCache | None = None, last: int | None = None
     ) -> Iterator[tuple[int, Tensor]]:
         """Yield (0, h_0), (1, h_1) .. (L, h_L), each [T, D], without gradients.
 
@@ -237,20 +161,76 @@ class Backbone:
         Args:
             input_ids: int64 [T].
             layout: documents of the T rows; with a cache, `SequenceLayout.cached`.
-            cache: keys and values of earlier columns, extended in place at layers 0 .. L-1.
+            cache: keys and values of earlier columns, extended in place at layers 0 .. last-1.
+            last: number of the last state that is wanted; None for L.
         """
         with torch.no_grad():
             tables = self.rotary(layout.positions)
             hidden = self.embed(input_ids)
         yield 0, hidden
-        for index in range(len(self.blocks)):
+        for index in range(len(self.blocks) if last is None else last):
             with torch.no_grad(), self.layers.on_device(index) as block:
-                out = self._few_rows(block, index, hidden, tables, layout, cache)
-                if out is None:
-                    hidden = self._attention(block, index, hidden, tables, layout, cache)
-                    out = self._mlp(block, hidden)
-                hidden = out
+                hidden = self._run_block(block, index, hidden, tables, layout, cache)
             yield index + 1, hidden
+
+    def run_above(
+        self, hidden: Tensor, first: int, layout: SequenceLayout, cache: DynamicCache | None = None
+    ) -> Tensor:
+        """h_L [T, D] of some other h_first [T, D], through the blocks above it; differentiable once, in hidden.
+
+        A block keeps its input for backward, which computes the rest again.
+
+        Args:
+            hidden: what takes the place of h_first.
+            first: from 0 to L.
+            layout: documents of the T rows, as of the pass that has computed the states below.
+            cache: of that pass, extended in place at layers first .. L-1.
+        """
+        tables = self.rotary(layout.positions)
+        for index in range(first, len(self.blocks)):
+            if cache is None and wants_gradient(hidden):
+                hidden = _BlockAbove.apply(hidden, *tables, self, index, layout)
+            else:
+                with self.layers.on_device(index) as block:
+                    hidden = self._run_block(block, index, hidden, tables, layout, cache)
+        return hidden
+
+    def _run_block(
+        self,
+        block: Block,
+        index: int,
+        hidden: Tensor,
+        tables: tuple[Tensor, Tensor],
+        layout: SequenceLayout,
+        cache: DynamicCache | None,
+    ) -> Tensor:
+        """h_{index + 1} of h_index."""
+        out = None if wants_gradient(hidden) else self._few_rows(block, index, hidden, tables, layout, cache)
+        return self._mlp(block, self._attention(block, index, hidden, tables, layout, cache)) if out is None else out
+
+    def _block_gradient(
+        self,
+        dout: Tensor,
+        index: int,
+        hidden: Tensor,
+        tables: tuple[Tensor, Tensor],
+        layout: SequenceLayout,
+    ) -> Tensor:
+        """Gradient of h_index [T, D] from that of h_{index + 1}: the MLP in slices of rows, then the attention."""
+
+        def through_mlp(middle: Tensor, dout: Tensor) -> tuple[Tensor, ...]:
+            with torch.enable_grad():
+                middle = middle.detach().requires_grad_()
+                return torch.autograd.grad(self._mlp(block, middle), middle, dout)
+
+        with self.layers.on_device(index) as block:
+            with torch.enable_grad():
+                hidden = hidden.detach().requires_grad_()
+                middle = self._attention(block, index, hidden, tables, layout, None)
+            # Gate, up, the activation and its product with their gradients; normed states in fp32.
+            width = 4 * self.config.hidden_size + 6 * self.config.intermediate_size
+            (dmiddle,) = by_rows(through_mlp, (middle.detach(), dout), width * hidden.element_size())
+            return torch.autograd.grad(middle, hidden, dmiddle)[0]
 
     def _few_rows(
         self,
@@ -299,7 +279,7 @@ class Backbone:
     def _heads(self, block: Block, hidden: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries [T, Hq, d], keys and values [T, Hkv, d] of hidden states [T, D], rotated."""
         config = self.config
-        x = rms_norm(hidden, block.attention_norm, config.rms_norm_eps)
+        x = self._norm(hidden, block.attention_norm)
         query = block.query(x, self._workspace).unflatten(-1, (config.num_heads, config.head_dim))
         key = block.key(x, self._workspace).unflatten(-1, (config.num_kv_heads, config.head_dim))
         value = block.value(x, self._workspace).unflatten(-1, (config.num_kv_heads, config.head_dim))
@@ -308,21 +288,29 @@ class Backbone:
             key = rms_norm(key, block.key_norm, config.rms_norm_eps)
         return rotary(query, cos, sin), rotary(key, cos, sin), value
 
+    def _norm(self, hidden: Tensor, weight: Tensor) -> Tensor:
+        norm = frozen_rms_norm if wants_gradient(hidden) else rms_norm
+        return norm(hidden, weight, self.config.rms_norm_eps)
+
     def _mlp(self, block: Block, hidden: Tensor) -> Tensor:
         """hidden + W_down(silu(W_gate x) * W_up x), in the memory of hidden where that is long."""
         config = self.config
 
         def mlp(hidden: Tensor) -> tuple[Tensor]:
-            x = rms_norm(hidden, block.mlp_norm, config.rms_norm_eps)
+            x = self._norm(hidden, block.mlp_norm)
             gate, up = block.gate, block.up
-            if isinstance(gate.weight, NF4Weight) and isinstance(up.weight, NF4Weight) and gate.bias is up.bias is None:
+            is_packed = isinstance(gate.weight, NF4Weight) and isinstance(up.weight, NF4Weight)
+            if wants_gradient(x):
+                activated = swiglu(gate(x, self._workspace), up(x, self._workspace))
+            elif is_packed and gate.bias is up.bias is None:
                 activated = nf4_swiglu(x, gate.weight, up.weight, workspace=self._workspace)
             else:
                 activated = swiglu_(gate(x, self._workspace), up(x, self._workspace))
             return (block.down(activated, self._workspace, hidden),)
 
         width = 2 * (config.hidden_size + config.intermediate_size)
-        return by_rows(mlp, (hidden,), width * hidden.element_size(), out=(hidden,))[0]
+        out = () if wants_gradient(hidden) else (hidden,)
+        return by_rows(mlp, (hidden,), width * hidden.element_size(), out)[0]
 
     def final_norm(self, y: Tensor) -> Tensor:
         """The frozen final RMSNorm of y [R, D]; differentiable in y, with the same bits where no gradient is wanted."""
@@ -349,3 +337,22 @@ class Backbone:
         """So that a GPU gathers rows from host memory by itself; once, it stays pinned if the backbone moves."""
         if self.device.type == "cuda" and self.embedding.is_cpu and not self.embedding.is_pinned():
             weakref.finalize(self, unpin, pin([self.embedding], self.device), self.device).atexit = False
+
+
+class _BlockAbove(torch.autograd.Function):
+    """A frozen block that keeps its input only."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, cos: Tensor, sin: Tensor, backbone: Backbone, index: int, layout: SequenceLayout
+    ) -> Tensor:
+        ctx.save_for_backward(hidden, cos, sin)
+        ctx.call = backbone, index, layout
+        with backbone.layers.on_device(index) as block:
+            return backbone._run_block(block, index, hidden, (cos, sin), layout, None)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
+        (hidden, cos, sin), (backbone, index, layout) = ctx.saved_tensors, ctx.call
+        return backbone._block_gradient(dout, index, hidden, (cos, sin), layout), None, None, None, None, None

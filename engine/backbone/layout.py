@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from engine.backbone.decoder import Block, Linear
+from engine.backbone.block import Block, Linear
 from ladder_kernels import NF4Weight
 
 ALIGNMENT = 256

@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from engine.backbone.decoder import Backbone, Block, Linear
+from engine.backbone.block import Block, Linear
+from engine.backbone.decoder import Backbone
 from engine.backbone.families import (
     IGNORED_SUFFIXES,
     BackboneConfig,

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.backbone.decoder import Block
+from engine.backbone.block import Block
 from engine.backbone.layout import PAGE, PackedBlock, describe, from_description, pack, packed_nbytes, views
 from engine.backbone.shards import CheckpointError, parse_json, read_header, read_metadata
 

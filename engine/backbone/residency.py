@@ -26,7 +26,7 @@ from torch import Tensor
 from torch._guards import detect_fake_mode
 from torch.utils._python_dispatch import _disable_current_modes, is_in_torch_dispatch_mode
 
-from engine.backbone.decoder import Block
+from engine.backbone.block import Block
 from engine.backbone.host_memory import pin, unpin
 from engine.backbone.layout import PackedBlock, describe, views
 

@@ -286,7 +286,7 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
             supervised_rows: int64 [R], rows of the flattened, unpadded batch whose logits are supervised; used instead
                 of labels, together with supervised_targets.
             supervised_targets: int64 [R], the token each predicts, -100 on entries that only fill a bucket.
-            passed: h_L and side state of this batch where `run_ahead` has computed them; only with labels or targets.
+            passed: what `run_ahead` has computed of this batch; only with labels or targets.
             return_dict: False returns a tuple.
 
         Returns:
@@ -312,20 +312,20 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
         loss = logits = count = None
         if supervised:
             chosen, targets = supervision(rows, labels, supervised_rows, supervised_targets)
-            hidden = self.model.combined(*(passed or self.model.run(rows)), chosen)
+            hidden = self.model.combined(passed or self.model.run(rows), rows.layout, chosen)
             total = self.model.loss(hidden, targets)
             count = (targets != IGNORE_INDEX).sum()
             # At least 1: a step without a supervised token has the loss 0, not NaN.
             loss = total / torch.as_tensor(count if num_items_in_batch is None else num_items_in_batch).clamp_min(1)
         else:
             chosen, kept = rows.columns(logits_to_keep)
-            hidden = self.model.combined(*self.model.run(rows, cache), chosen)
+            hidden = self.model.combined(self.model.run(rows, cache), rows.layout, chosen, cache)
             logits = kept.padded(self.backbone.logits(hidden))
         output = LadderOutput(loss=loss, logits=logits, past_key_values=cache, num_supervised=count)
         return output.to_tuple() if return_dict is False else output
 
     def run_ahead(self, batches: Sequence[Mapping[str, Any]]) -> list[tuple[Tensor, Tensor]]:
-        """h_L [N, D] and side state [N, S] of several batches, layer by layer, for `forward(passed=...)` of each.
+        """Hidden and side state of several batches, layer by layer, for `forward(passed=...)` of each.
 
         Every weight of the backbone is decoded, and streamed where it lies in host memory, once for all of them.
 

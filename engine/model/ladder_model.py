@@ -75,13 +75,14 @@ def run_pass(backbone: Backbone, asked: Sequence[BackbonePass]) -> list[list[Pas
     """One pass of the backbone for all that ask for the same rows.
 
     Returns:
-        for each that asks, h_L [N, D] and side state [N, S] of each of its batches.
+        for each that asks, h_{L-k} [N, D] and side state [N, S] of each of its batches.
     """
     first = asked[0]
     # Both networks fix their own dtypes; autocast would round the side network's a second time.
     with torch.autocast(backbone.device.type, enabled=False), torch.set_grad_enabled(first.grad):
-        stream = backbone.hidden_states(first.input_ids, first.layout, first.cache)
         networks = [one.network for one in asked]
+        last = max(network.joins_at for network in networks)
+        stream = backbone.hidden_states(first.input_ids, first.layout, first.cache, last)
         return follow(networks, stream, first.layouts, first.cache, backbone.config.num_layers)
 
 
@@ -114,7 +115,7 @@ class LadderModel(nn.Module):
         return self._shared.backbone
 
     def run(self, rows: Rows, cache: DynamicCache | None = None) -> Passed:
-        """h_L [N, D] and side state [N, S] of all rows; the cache is extended in place."""
+        """h_{L-k} [N, D] and side state [N, S] of all rows; the cache is extended in place."""
         return self._answered(self.asks([rows], cache))[0]
 
     def run_together(self, batches: Sequence[Rows]) -> list[Passed]:
@@ -144,12 +145,27 @@ class LadderModel(nn.Module):
         """Let passes of this model, and of all that share its backbone, be answered by `meet`; None: one by one."""
         self._shared.meet = meet
 
-    def combined(self, hidden: Tensor, state: Tensor, chosen: Tensor | None = None) -> Tensor:
-        """What the frozen head multiplies, [R, D]: final_norm(combine(h_L, s)) of the chosen rows, None for all."""
-        if chosen is not None:
-            hidden, state = hidden.index_select(0, chosen), state.index_select(0, chosen)
+    def combined(
+        self,
+        passed: Passed,
+        layout: SequenceLayout,
+        chosen: Tensor | None = None,
+        cache: DynamicCache | None = None,
+    ) -> Tensor:
+        """What the frozen head multiplies, [R, D]: the final norm of the top k blocks of combine(h_{L-k}, s).
+
+        Args:
+            passed: what `run` has returned.
+            layout: of its rows.
+            chosen: rows that are wanted, None for all.
+            cache: that `run` has extended; the top k blocks extend it too.
+        """
+        network, hidden = self.side_network, passed[0]
         with torch.autocast(hidden.device.type, enabled=False):
-            return self.backbone.final_norm(self.side_network.combine(hidden, state))
+            if not network.config.rejoin:
+                return self.backbone.final_norm(network.combine(*(_rows(tensor, chosen) for tensor in passed)))
+            above = self.backbone.run_above(network.combine(*passed), network.joins_at, layout, cache)
+            return self.backbone.final_norm(_rows(above, chosen))
 
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Summed cross entropy of rows [R, D] from `combined` and token ids [R], -100 counting nothing."""
@@ -169,7 +185,7 @@ class LadderModel(nn.Module):
         """Hidden states [B, T, D] after the final norm, zero on padding. Arguments as of `LadderForCausalLM`."""
         refuse_unsupported(unsupported)
         rows, cache = enter(input_ids, attention_mask, position_ids, cu_seq_lens_q, past_key_values, use_cache)
-        hidden = self.combined(*self.run(rows, cache))
+        hidden = self.combined(self.run(rows, cache), rows.layout, cache=cache)
         return BaseModelOutputWithPast(last_hidden_state=rows.padded(hidden), past_key_values=cache)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LadderModel:
@@ -187,3 +203,7 @@ def refuse_unsupported(unsupported: dict[str, Any]) -> None:
     names = [name for name, value in asked.items() if value is not None and value is not False]
     if names:
         raise TypeError(f"LadderForCausalLM does not take {names}; see its forward() for what it takes")
+
+
+def _rows(tensor: Tensor, chosen: Tensor | None) -> Tensor:
+    return tensor if chosen is None else tensor.index_select(0, chosen)

@@ -3,7 +3,8 @@
     z_j = tap_down_j(h_i)                       for every connection (i, j)
     s   = merge_j(s, z_j)                       "lst": g*s + (1-g)*z, g = sigmoid(gate_logit_j / T);  "sum": s + z
     s   = side_layer_j(s)                       RMSNorm, causal attention with RoPE, RMSNorm, SwiGLU
-    y   = combine(h_L, s)                       before the backbone's final norm and head
+    y   = combine(h_{L-k}, s)                   takes the place of h_{L-k} below the top k = `rejoin` blocks, or, with
+                                                k = 0, of h_L before the final norm and head
 
 Before the first tap there is no state: the first tapped layer starts from s = z and has no gate, unless the embeddings
 are tapped. Parameters are fp32; every one is cast to the hidden states' dtype where it is used.
@@ -159,7 +160,7 @@ class SideNetwork(nn.Module):
         width, side_dim = backbone.hidden_size, dims.side_dim
         self.config = config
         self.dims = dims
-        self.num_layers = backbone.num_layers
+        self.joins_at = backbone.num_layers - config.rejoin
         self.rope_theta = backbone.rope_theta
         self.eps = backbone.rms_norm_eps
         self.side_layer_of = dict(pairs)
@@ -234,11 +235,11 @@ class SideNetwork(nn.Module):
         cache: DynamicCache | None = None,
         first_cache_layer: int = 0,
     ) -> tuple[Tensor, Tensor]:
-        """`follow` of one network and one batch: h_L [T, D] and s [T, S]."""
+        """`follow` of one network and one batch: h_{L-k} [T, D] and s [T, S]."""
         return follow([self], hidden_stream, [layout], cache, first_cache_layer)[0][0]
 
     def combine(self, hidden: Tensor, state: Tensor) -> Tensor:
-        """y [R, D] from last hidden states [R, D] and side states [R, S] of the same rows.
+        """y [R, D] from hidden states h_{L-k} [R, D] and side states [R, S] of the same rows.
 
         "residual": h + up(s). "side_only": up(norm(s)). "mix": alpha*h + (1-alpha)*up(s), written
         h + (1-alpha)*(up(s) - h) so that alpha = 1 gives h exactly and 1 - alpha keeps its precision in a 16-bit dtype.
@@ -274,13 +275,13 @@ def follow(
 
     Args:
         networks: beside the same backbone.
-        hidden_stream: (i, h_i [T, D]) for i = 0..L in order, without gradient.
+        hidden_stream: (i, h_i [T, D]) in order, without gradient, from i = 0 to the last that a network joins at.
         layouts: documents and positions of each batch's rows, T in all.
         cache: keys and values of earlier columns while decoding, of one network.
         first_cache_layer: cache index of side layer 0.
 
     Returns:
-        for each network, h_L [N, D] and s [N, S] of each batch.
+        for each network, the hidden state it joins at [N, D] and s [N, S] of each batch.
     """
     keepers = {policy: [TapKeeper(policy) for _ in layouts] for policy in {one.tap_policy for one in networks}}
     climbs = [
@@ -295,10 +296,9 @@ def follow(
         parts = hidden.split(sizes)
         for climb, part in itertools.chain.from_iterable(zip(of_one, parts, strict=True) for of_one in climbs):
             climb.meet(index, part)
-        if index < networks[0].num_layers:
-            # The loop's variables would keep this state alive while the backbone computes the next one.
-            del hidden, parts, part
-    return [[(part, climb.finish()) for part, climb in zip(parts, of_one, strict=True)] for of_one in climbs]
+        # The loop's variables would keep this state alive while the backbone computes the next one.
+        del hidden, parts, part
+    return [[climb.finish() for climb in of_one] for of_one in climbs]
 
 
 class _Climb:
@@ -317,6 +317,7 @@ class _Climb:
         self._cache = cache
         self._first_cache_layer = first_cache_layer
         self._state: Tensor | None = None
+        self._joined: Tensor | None = None
         self._tables: tuple[Tensor, Tensor] | None = None
         self._keeper = keeper
 
@@ -328,13 +329,15 @@ class _Climb:
         if (tapped := network.side_layer_of.get(index)) is not None:
             self._state = network.taps[tapped](hidden, self._state, self._keeper)
             self._run_layer(tapped)
+        if index == network.joins_at:
+            self._joined = hidden
 
-    def finish(self) -> Tensor:
-        """The side state [T, S] after the layers above the last tap."""
+    def finish(self) -> tuple[Tensor, Tensor]:
+        """h_{L-k} [T, D], and the side state [T, S] after the layers above the last tap."""
         for untapped in range(len(self._network.taps), self._network.num_side_layers):
             self._run_layer(untapped)
-        assert self._state is not None
-        return self._state
+        assert self._joined is not None and self._state is not None
+        return self._joined, self._state
 
     def _run_layer(self, index: int) -> None:
         assert self._state is not None
