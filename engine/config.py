@@ -29,7 +29,6 @@ _INTEGERS: dict[str, tuple[int, int]] = {
     "num_taps": (1, 1024),
     "tap_every": (1, 1024),
     "tap_rank": (1, 4096),
-    "rejoin": (0, 1024),
     "seed": (0, 2**63 - 1),
 }
 _OPTIONAL = ("num_side_layers", "num_taps")
@@ -55,8 +54,9 @@ class LadderConfig:
         tap_rank: inner width of "low_rank" and "adapter".
         output: "residual" y = h_L + up(s); "side_only" y = up(norm(s)) (LST); "mix" y = a*h_L + (1-a)*up(s), a trained
             scalar that starts at 1 (QST).
-        rejoin: frozen blocks k that y still passes. The side network follows the lower L - k blocks, its output takes
-            the place of h_{L-k} (which stands for h_L above), and gradients come down through the top k to reach it.
+        rejoin: share of the backbone's blocks that y still passes, k = round(rejoin * L) of them. The side network
+            follows the lower L - k blocks, y takes the place of h_{L-k} (which stands for h_L above), and gradients
+            come down to it through the top k blocks.
         gate_temperature: of the "lst" gate.
         seed: of the initial weights.
 
@@ -75,7 +75,7 @@ class LadderConfig:
     tap_down: str = "linear"
     tap_rank: int = 16
     output: str = "residual"
-    rejoin: int = 0
+    rejoin: float = 0.0
     gate_temperature: float = 0.1
     seed: int = 0
 
@@ -92,9 +92,10 @@ class LadderConfig:
                 raise ValueError(f"{name} must be an integer from {low} to {high}, got {value!r}")
         if type(self.tap_embeddings) is not bool:
             raise ValueError(f"tap_embeddings must be true or false, got {self.tap_embeddings!r}")
-        temperature = self.gate_temperature
-        if isinstance(temperature, bool) or not isinstance(temperature, int | float) or not 1e-3 <= temperature <= 1e3:
-            raise ValueError(f"gate_temperature must be a number from 0.001 to 1000, got {temperature!r}")
+        for name, low, high in (("gate_temperature", 1e-3, 1e3), ("rejoin", 0, 1)):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+                raise ValueError(f"{name} must be a number from {low:g} to {high:g}, got {value!r}")
         if self.connection == "ladder" and self.num_taps is not None:
             raise ValueError(
                 f"num_taps={self.num_taps} belongs to connection='xladder'; a ladder taps every tap_every-th block: "
@@ -131,6 +132,20 @@ class LadderConfig:
         if unknown:
             raise ValueError(f"unknown ladder configuration keys {unknown[:5]}; known keys: {', '.join(known)}")
         return cls(**values)
+
+    def joins_at(self, num_layers: int) -> int:
+        """Number of the hidden state that the output takes the place of, L - k, beside a backbone of L blocks.
+
+        Raises:
+            ValueError: it would be the embeddings, so that no block is left to follow.
+        """
+        index = num_layers - round(self.rejoin * num_layers)
+        if index < 1:
+            raise ValueError(
+                f"rejoin={self.rejoin} leaves none of the backbone's {num_layers} blocks to the side network: choose "
+                "less"
+            )
+        return index
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as plain JSON values."""

@@ -97,7 +97,7 @@ def naive_logits(network: SideNetwork, config: LadderConfig, family: str, input_
         assert state is not None
         state = _side_layer(p, f"layers.{j}.", state, network)
     assert state is not None
-    joins_at = len(blocks) - config.rejoin
+    joins_at = len(blocks) - round(config.rejoin * len(blocks))
     last = hidden[joins_at]
     if config.output == "residual":
         y = last + state @ p["side_up"].T

@@ -37,10 +37,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "sum": ("ladder", {"merge": "sum"}),
     "low-rank": ("xladder", {"tap_down": "low_rank", "tap_rank": 5}),
     "avg-pool": ("ladder", {"tap_down": "avg_pool", "tap_embeddings": True}),
-    "rejoin": ("ladder", {"rejoin": 1}),
-    "xladder-rejoin": ("xladder", {"rejoin": 2}),
-    "lst-rejoin": ("lst", {"rejoin": 2, "tap_every": 2}),
-    "qst-rejoin": ("qst", {"rejoin": 1}),
+    "rejoin": ("ladder", {"rejoin": 0.25}),
+    "xladder-rejoin": ("xladder", {"rejoin": 0.5}),
+    "lst-rejoin": ("lst", {"rejoin": 0.5, "tap_every": 2}),
+    "qst-rejoin": ("qst", {"rejoin": 0.3}),
     "max-pool": ("xladder", {"tap_down": "max_pool", "num_taps": 3, "num_side_layers": 6}),
 }
 

@@ -1,14 +1,14 @@
 """Which runs, in which order, so that every prefix of the grid is of use.
 
     1  every learning rate of every method, one seed, at the middle budget: whoever is tuned worse would only seem worse
-    2  at each method's best rate: the other seeds, and as many steps for all instead of as many FLOPs
-    3  the other budgets
-    4  xladder over delta, the number of tapped blocks
-    5  the other sizes, at all budgets
-    6  the other tasks: learning rates, then seeds, at the middle budget
+    2  at each method's best rate: the other seeds
+    3  the other tasks, of the methods in COMPARED: learning rates, then seeds, at the middle budget
+    4  the other budgets and sizes, of the methods in SCALED
+    5  xladder over delta, the number of tapped blocks
+    6  as many steps for all instead of as many FLOPs
 
-Stages 1 to 4 are of the first size and the first task. Stages 2 to 6 depend on what was found before: `next_run` reads
-it from the rows, so a grid that was stopped goes on where it was, whatever was done by then.
+What is not said to be another one is the first size and the first task. Stages 2 to 6 depend on what was found before:
+`next_run` reads it from the rows, so a grid that was stopped goes on where it was, whatever was done by then.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from dataclasses import dataclass
 from benchmarks.quality.methods import find_method
 from benchmarks.quality.rows import Row, Run
 
-SCALED = ("qlora_r16", "ladder", "xladder")
-"""Methods whose other sizes are trained."""
+COMPARED = ("qlora_r16", "lora_top_half", "ladder", "xladder", "rejoin")
+"""Methods that are tried on every task."""
+SCALED = ("qlora_r16", "ladder", "rejoin")
+"""Methods that are trained at every size and budget."""
 
 
 @dataclass(frozen=True)
@@ -96,29 +98,29 @@ def _runs(grid: Grid, rows: Sequence[Row]) -> Iterator[Run]:
         rate = best_rate(grid, rows, method, task)
         return (Run(method, size, task, budget, rate, seed) for seed in seeds)
 
-    yield from _sweep(grid, task)
-    for budget in filter(None, (grid.middle, grid.steps and f"steps={grid.steps}")):
-        for method in grid.methods:
-            yield from at_best(method, size, task, budget)
-    for flops in grid.budgets:
-        for method in grid.methods:
-            yield from at_best(method, size, task, budget_name(flops))
+    yield from _sweep(grid, grid.methods, task)
+    for method in grid.methods:
+        yield from at_best(method, size, task, grid.middle)
+    compared = [method for method in grid.methods if method in COMPARED]
+    for other in grid.tasks[1:]:
+        yield from _sweep(grid, compared, other)
+        for method in compared:
+            yield from at_best(method, size, other, grid.middle)
+    for any_size in grid.sizes:
+        for flops in grid.budgets:
+            for method in (method for method in grid.methods if method in SCALED):
+                yield from at_best(method, any_size, task, budget_name(flops))
     if "xladder" in grid.methods:
         for taps in grid.num_taps:
             yield from at_best(f"xladder:num_taps={taps}", size, task, grid.middle)
-    for other in grid.sizes[1:]:
-        for flops in grid.budgets:
-            for method in (method for method in grid.methods if method in SCALED):
-                yield from at_best(method, other, task, budget_name(flops))
-    for other in grid.tasks[1:]:
-        yield from _sweep(grid, other)
+    if grid.steps is not None:
         for method in grid.methods:
-            yield from at_best(method, size, other, grid.middle)
+            yield from at_best(method, size, task, f"steps={grid.steps}")
 
 
-def _sweep(grid: Grid, task: str) -> Iterator[Run]:
+def _sweep(grid: Grid, methods: Sequence[str], task: str) -> Iterator[Run]:
     """The rates in the middle first, of all methods, then those further out."""
-    rates = {method: rates_of(method, grid.rates) for method in grid.methods}
+    rates = {method: rates_of(method, grid.rates) for method in methods}
     for place in sorted(range(grid.rates), key=lambda place: abs(2 * place - grid.rates + 1)):
-        for method in grid.methods:
+        for method in methods:
             yield Run(method, grid.sizes[0], task, grid.middle, rates[method][place], 0)

@@ -227,9 +227,8 @@ class Backbone:
             with torch.enable_grad():
                 hidden = hidden.detach().requires_grad_()
                 middle = self._attention(block, index, hidden, tables, layout, None)
-            # Gate, up, the activation and its product with their gradients; normed states in fp32.
-            width = 4 * self.config.hidden_size + 6 * self.config.intermediate_size
-            (dmiddle,) = by_rows(through_mlp, (middle.detach(), dout), width * hidden.element_size())
+            bytes_per_token = gradient_bytes_per_token(self.config, hidden.element_size())
+            (dmiddle,) = by_rows(through_mlp, (middle.detach(), dout), bytes_per_token)
             return torch.autograd.grad(middle, hidden, dmiddle)[0]
 
     def _few_rows(
@@ -337,6 +336,11 @@ class Backbone:
         """So that a GPU gathers rows from host memory by itself; once, it stays pinned if the backbone moves."""
         if self.device.type == "cuda" and self.embedding.is_cpu and not self.embedding.is_pinned():
             weakref.finalize(self, unpin, pin([self.embedding], self.device), self.device).atexit = False
+
+
+def gradient_bytes_per_token(config: BackboneConfig, itemsize: int) -> int:
+    """What the MLP of a block holds for a row while a gradient passes through it."""
+    return itemsize * (2 * config.hidden_size + 6 * config.intermediate_size)
 
 
 class _BlockAbove(torch.autograd.Function):

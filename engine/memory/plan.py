@@ -14,9 +14,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from engine.backbone.chunks import chunk_tokens
 from engine.backbone.families import BackboneConfig
 from engine.config import LadderConfig, SideDims, side_dims
+from engine.memory.blocks import forward_bytes, gradient_bytes
 from engine.memory.sizes import (
     NF4_BLOCK,
     count,
@@ -127,11 +127,13 @@ class StepParts:
         # While the last block computes, its own output is not kept yet, nor is anything of the layers above.
         last = self.taps(self.num_taps - 1)
         below = states * (len(self._side_network.taps) - 1) // self._side_network.num_side_layers
+        above = {"states above": self.states_above()}
         phases = {
             "load": weights | {"activations": self.loading()},
-            "backbone pass": during | {"taps": last, "side states": below, "activations": self.block()},
+            "backbone pass": during
+            | {"taps": last, "side states": below, "activations": self.block() + self.untapped_input()},
             "side forward": self.passed() | {"activations": self.last_hidden() + self.side_forward()},
-            "loss": self.at_loss() | {"activations": self.last_hidden() + self.loss()[0]},
+            "loss": self.at_loss() | above | {"activations": self.last_hidden() + self.at_output()},
             "backward": max(self.backward(), key=lambda parts: sum(parts.values())),
             "optimizer": held | self.gradients(),
         }
@@ -301,19 +303,30 @@ class StepParts:
         return itemsize * rows * numbers
 
     def block(self) -> int:
-        """Activations of one backbone block at its worst moment, its stages in slices where they are long."""
-        backbone, rows, itemsize = self.backbone, self.work.pass_rows, self.work.itemsize
-        width, inner = backbone.hidden_size, backbone.intermediate_size
-        queries, keys = backbone.num_heads * backbone.head_dim, backbone.num_kv_heads * backbone.head_dim
-        heads = queries + 2 * keys
-        size = chunk_tokens(rows, (width + 2 * heads) * itemsize)
-        # Normed states, then heads before and after the rotation, v only once.
-        projections = size * (width + 2 * heads - keys) + (rows * heads if size < rows else 0)
-        size = chunk_tokens(rows, 2 * (width + inner) * itemsize)
-        # Normed states, gate and up; the hidden states are there in full.
-        mlp = rows * width + size * (width + (2 if self._has_kernels else 4) * inner)
-        attention = max(projections, rows * (heads + queries)) + (rows * width if self.policies.taps != "device" else 0)
-        return itemsize * (max(attention, mlp) + rows * 2 * backbone.head_dim)
+        """Activations of one backbone block in the pass."""
+        return self._block(self.work.pass_rows, self.policies.taps == "device")
+
+    def untapped_input(self) -> int:
+        """The input of the last block of the pass, where it is no tap."""
+        is_kept = self._side_network.joins_at - 1 in self.kept_taps
+        return 0 if is_kept or self.policies.taps != "device" else self.hidden()
+
+    def at_output(self) -> int:
+        """The frozen blocks that the output passes, then the loss."""
+        through = self._block(self.work.rows, is_input_kept=True) if self.blocks_above else 0
+        return max(through, self.loss()[0])
+
+    @property
+    def blocks_above(self) -> int:
+        """Frozen blocks above the place where the side network's output joins."""
+        return self.backbone.num_layers - self._side_network.joins_at
+
+    def states_above(self) -> int:
+        """The inputs of these blocks, which wait for backward."""
+        return self.blocks_above * self.work.rows * self.backbone.hidden_size * self.work.itemsize
+
+    def _block(self, rows: int, is_input_kept: bool) -> int:
+        return forward_bytes(self.backbone, rows, self.work.itemsize, is_input_kept, self._has_kernels)
 
     @property
     def _has_kernels(self) -> bool:
@@ -362,9 +375,11 @@ class StepParts:
     def backward(self) -> tuple[Bytes, Bytes]:
         """Its two ends: nothing is freed yet, or every gradient is there."""
         layers, loss_backward = self._side_network.num_side_layers, self.loss()[1]
+        if self.blocks_above:
+            loss_backward = max(loss_backward, gradient_bytes(self.backbone, self.work.rows, self.work.itemsize))
         if self.work.group > 1:  # the last micro-batches are kept in full while the first ones are done
             loss_backward = self.last_hidden() + max(loss_backward, self.side_backward())
-        first = self.at_loss() | {"activations": loss_backward}
+        first = self.at_loss() | {"states above": self.states_above(), "activations": loss_backward}
         last = {"taps": self.taps(1), "side states": self.states() // layers, "activations": self.side_backward()}
         return first, self.held() | self.gradients() | last
 

@@ -59,16 +59,12 @@ def xladder_connections(num_layers: int, num_taps: int, num_side_layers: int) ->
 def connections(config: LadderConfig, num_layers: int) -> tuple[Connections, int]:
     """The connection map of a configuration beside a backbone of `num_layers` blocks, and the number of side layers.
 
-    The top `config.rejoin` blocks are as if they were not there: what they compute follows from the side network.
+    Blocks above `config.joins_at` are as if they were not there: what they compute follows from the side network.
 
     Raises:
         ValueError: the configuration does not fit that many blocks.
     """
-    if config.rejoin >= num_layers:
-        raise ValueError(
-            f"rejoin={config.rejoin} leaves none of the backbone's {num_layers} blocks to follow: choose less"
-        )
-    num_layers -= config.rejoin
+    num_layers = config.joins_at(num_layers)
     if config.connection == "xladder":
         num_side_layers = config.num_side_layers or num_layers
         num_taps = config.num_taps or max(1, num_side_layers // 2)

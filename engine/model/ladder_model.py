@@ -162,7 +162,7 @@ class LadderModel(nn.Module):
         """
         network, hidden = self.side_network, passed[0]
         with torch.autocast(hidden.device.type, enabled=False):
-            if not network.config.rejoin:
+            if network.joins_at == len(self.backbone.blocks):
                 return self.backbone.final_norm(network.combine(*(_rows(tensor, chosen) for tensor in passed)))
             above = self.backbone.run_above(network.combine(*passed), network.joins_at, layout, cache)
             return self.backbone.final_norm(_rows(above, chosen))

@@ -3,8 +3,8 @@
     z_j = tap_down_j(h_i)                       for every connection (i, j)
     s   = merge_j(s, z_j)                       "lst": g*s + (1-g)*z, g = sigmoid(gate_logit_j / T);  "sum": s + z
     s   = side_layer_j(s)                       RMSNorm, causal attention with RoPE, RMSNorm, SwiGLU
-    y   = combine(h_{L-k}, s)                   takes the place of h_{L-k} below the top k = `rejoin` blocks, or, with
-                                                k = 0, of h_L before the final norm and head
+    y   = combine(h_{L-k}, s)                   takes the place of h_{L-k} below the top k blocks (`rejoin`; with k = 0
+                                                of h_L before the final norm and head)
 
 Before the first tap there is no state: the first tapped layer starts from s = z and has no gate, unless the embeddings
 are tapped. Parameters are fp32; every one is cast to the hidden states' dtype where it is used.
@@ -160,7 +160,7 @@ class SideNetwork(nn.Module):
         width, side_dim = backbone.hidden_size, dims.side_dim
         self.config = config
         self.dims = dims
-        self.joins_at = backbone.num_layers - config.rejoin
+        self.joins_at = config.joins_at(backbone.num_layers)
         self.rope_theta = backbone.rope_theta
         self.eps = backbone.rms_norm_eps
         self.side_layer_of = dict(pairs)

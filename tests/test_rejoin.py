@@ -1,0 +1,189 @@
+"""A side network whose output joins below the top blocks: gradients come down through frozen NF4 weights."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from ladders import batch, checkpoint_folder, ladder_model, tiny_backbone, trained
+from numerics import assert_close_to_truth, assert_same_bits
+from torch import Tensor
+
+from engine.backbone import load_backbone
+from engine.config import LadderConfig
+from engine.model.causal_lm import LadderForCausalLM
+from engine.sequence import SequenceLayout
+from engine.training.lockstep import Lockstep
+from ladder_kernels import Workspace, dequantize_nf4, frozen_linear, nf4_linear, quantize_nf4
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("rows", "outputs", "inputs"), [(1, 64, 128), (37, 96, 64), (130, 33, 70), (0, 64, 64)])
+def test_frozen_linear(rows: int, outputs: int, inputs: int, dtype: torch.dtype) -> None:
+    """The forward pass has the bits of nf4_linear, its gradient obeys the tolerance rule."""
+    torch.manual_seed(0)
+    weight = quantize_nf4(torch.randn(outputs, inputs).to(dtype))
+    x = torch.randn(rows, inputs).to(dtype).requires_grad_()
+    bias, dout = torch.randn(outputs).to(dtype), torch.randn(rows, outputs).to(dtype)
+    out = frozen_linear(x, weight, bias, workspace=Workspace())
+    with torch.no_grad():
+        assert_same_bits("out", out, nf4_linear(x, weight, bias))
+    (dx,) = torch.autograd.grad(out, x, dout)
+    dense = dequantize_nf4(weight, dtype)
+    assert_close_to_truth("dx", dx, dout.double() @ dense.double(), dout @ dense)
+
+
+def test_frozen_linear_refuses_gradients_it_does_not_have() -> None:
+    weight, x = quantize_nf4(torch.randn(64, 64)), torch.randn(3, 64, requires_grad=True)
+    with pytest.raises(ValueError, match="bias requires a gradient"):
+        frozen_linear(x, weight, torch.zeros(64, requires_grad=True))
+    (dx,) = torch.autograd.grad(frozen_linear(x, weight).square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        dx.sum().backward()
+
+
+def test_frozen_linear_keeps_nothing() -> None:
+    saved: list[Tensor] = []
+    weight, x = quantize_nf4(torch.randn(64, 64)), torch.randn(3, 64, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        frozen_linear(x, weight).sum().backward()
+    assert not saved
+
+
+def model_of(rejoin: float = 0.5, preset: str = "ladder", **overrides: Any) -> LadderForCausalLM:
+    return trained(ladder_model(preset, rejoin=rejoin, **overrides))
+
+
+def gradients(model: LadderForCausalLM, **inputs: Any) -> dict[str, Tensor]:
+    model.zero_grad()
+    model(**inputs).loss.backward()
+    found = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+    assert all(gradient.any() for gradient in found.values())
+    return found
+
+
+def test_step_0_is_the_backbone_bit_for_bit() -> None:
+    ids = batch(2, 13)
+    assert_same_bits("logits", ladder_model(rejoin=0.5)(ids).logits, ladder_model()(ids).logits)
+
+
+def test_one_input_of_each_block_is_kept() -> None:
+    """In place of the taps of the blocks above: a step keeps as many hidden states, whatever the share."""
+    counts = []
+    kept: list[Tensor]
+    for rejoin in (0.0, 0.25, 0.5):
+        model, kept = model_of(rejoin).train(), []
+        ids, shape = batch(1, 29), (29, model.backbone.config.hidden_size)
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, kept=kept: kept.append(t) or t, lambda t: t):
+            loss = model(ids, supervised_rows=torch.tensor([3]), supervised_targets=torch.tensor([7])).loss
+        loss.backward()
+        parameters = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+        saved = {t.untyped_storage().data_ptr() for t in kept if t.shape == shape} - parameters
+        counts.append(len(saved))
+    assert counts == [model.backbone.config.num_layers] * 3
+
+
+def test_documents_do_not_see_each_other() -> None:
+    model, lengths = model_of(), (5, 1, 8)
+    ids = batch(1, sum(lengths))
+    packed = model(ids, cu_seq_lens_q=torch.tensor([0, 5, 6, 14])).logits[0]
+    alone = torch.cat([model(part).logits[0] for part in ids.split(lengths, dim=1)])
+    torch.testing.assert_close(packed, alone, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("residency", ["host", "device"])
+def test_streamed_layers_give_the_same_gradients(residency: str) -> None:
+    """Backward asks for them from the top down."""
+    ids = batch(1, 21)
+    expected = gradients(model_of(0.75), input_ids=ids, labels=ids)
+    placed = load_backbone(checkpoint_folder(), dtype=torch.float32, residency=residency)
+    model = trained(ladder_model("ladder", placed, rejoin=0.75))
+    for name, gradient in gradients(model, input_ids=ids, labels=ids).items():
+        assert_same_bits(name, gradient, expected[name])
+
+
+def test_slices_of_rows_give_the_same_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.backbone.chunks.MIN_CHUNK_TOKENS", 128)
+    ids, model = batch(1, 300), model_of()
+    whole = gradients(model, input_ids=ids, labels=ids)
+    monkeypatch.setattr("engine.backbone.chunks.CHUNK_BYTES", 1)
+    for name, gradient in gradients(model, input_ids=ids, labels=ids).items():
+        assert (gradient - whole[name]).norm() <= 1e-5 * whole[name].norm(), name
+
+
+def test_gradients_of_a_dense_backbone_come_through_too() -> None:
+    ids = batch(1, 17)
+    dense = tiny_backbone(quantize=False)
+    model = trained(ladder_model("xladder", dense, rejoin=0.5))
+    assert gradients(model, input_ids=ids, labels=ids)
+
+
+def test_a_cache_may_be_filled_with_gradients_on() -> None:
+    ids, model = batch(1, 9), model_of()
+    with torch.no_grad():
+        expected = model(ids).logits
+    logits = model(ids, use_cache=True).logits
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-5)
+    logits.sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+def test_networks_that_join_at_different_blocks_share_a_pass() -> None:
+    """To the bit what each computes alone; the pass ends where the last one joins."""
+    ids = batch(1, 15)
+    first = ladder_model(rejoin=0.5)
+    models = [first, *(first.beside(LadderConfig(reduction_factor=2, rejoin=share)) for share in (0.75, 0.25))]
+    expected = [gradients(trained(model), input_ids=ids, labels=ids) for model in models]
+    passes: list[int] = []
+    stock = type(first.backbone).hidden_states
+
+    def counted(backbone: Any, *arguments: Any) -> Any:
+        states = list(stock(backbone, *arguments))
+        passes.append(len(states) - 1)
+        return iter(states)
+
+    found: dict[int, dict[str, Tensor]] = {}
+    jobs = [lambda i=i: found.update({i: gradients(models[i], input_ids=ids, labels=ids)}) for i in range(3)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(first.backbone), "hidden_states", counted)
+        outcomes = Lockstep(first.model).run(jobs)
+    assert [outcome.error for outcome in outcomes] == [None] * 3 and passes == [3]
+    for index, of_one in enumerate(expected):
+        for name, gradient in of_one.items():
+            assert_same_bits(name, found[index][name], gradient)
+
+
+def test_states_above_are_freed_as_backward_passes() -> None:
+    backbone, ids = tiny_backbone(), batch(1, 11)
+    layout = SequenceLayout.packed([11])
+    hidden = backbone.embed(ids[0]).requires_grad_()
+    inputs: list[weakref.ref[Tensor]] = []
+    stock = backbone._run_block
+
+    def noting(block: Any, index: int, hidden: Tensor, *rest: Any) -> Tensor:
+        inputs.append(weakref.ref(hidden.untyped_storage()))
+        return stock(block, index, hidden, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(backbone, "_run_block", noting)
+        out = backbone.run_above(hidden, 1, layout)
+    (dhidden,) = torch.autograd.grad(out.square().sum(), hidden)
+    del out
+    assert dhidden.shape == hidden.shape and len(inputs) == backbone.config.num_layers - 1
+    assert [storage() is None for storage in inputs[1:]] == [True] * (len(inputs) - 1)
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.5, True, "half", float("nan")])
+def test_shares_out_of_range(share: Any) -> None:
+    with pytest.raises(ValueError, match="rejoin must be a number from 0 to 1"):
+        LadderConfig(rejoin=share)
+
+
+def test_some_block_is_left_to_follow() -> None:
+    with pytest.raises(ValueError, match=r"rejoin=0.9 leaves none of the backbone's 4 blocks to the side network"):
+        ladder_model(rejoin=0.9)
+    assert [LadderConfig(rejoin=share).joins_at(28) for share in (0, 0.01, 0.25, 0.5)] == [28, 28, 21, 14]
