@@ -187,7 +187,7 @@ def _step(
         of_model = passed.pop(0)
         while of_model:
             with tracker.phase("loss"):
-                combined = model.combined(of_model.pop(0), group[0].layout, chosen)
+                combined = model.combined(*of_model.pop(0), group[0].layout, chosen)
                 loss = model.loss(combined, targets) / count
                 del combined
             with tracker.phase("backward"):

@@ -1,4 +1,4 @@
-"""What a side network looks like: one frozen dataclass, its four presets, and the sizes that follow from a backbone."""
+"""What a side network looks like: one frozen dataclass, its presets, and the sizes that follow from a backbone."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "xladder": {"connection": "xladder"},
     "lst": {"tap_embeddings": True, "output": "side_only"},
     "qst": {"tap_embeddings": True, "output": "mix", "tap_down": "adapter"},
+    "rejoin": {"connection": "xladder", "rejoin": 0.5},
 }
 """What each preset changes from the defaults of `LadderConfig`."""
 

@@ -33,7 +33,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "adapter"
 
 
-@pytest.mark.parametrize("preset", ["ladder", "xladder", "lst", "qst"])
+@pytest.mark.parametrize("preset", ["ladder", "xladder", "lst", "qst", "rejoin"])
 def test_round_trip_is_exact(tmp_path: Path, preset: str) -> None:
     model = trained(ladder_model(preset, tap_rank=3))
     model.save_pretrained(tmp_path)

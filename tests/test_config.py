@@ -38,6 +38,7 @@ def test_presets_are_what_the_papers_describe() -> None:
     assert (xladder.connection, xladder.output, xladder.tap_embeddings) == ("xladder", "residual", False)
     assert (lst.output, lst.tap_embeddings, lst.tap_down) == ("side_only", True, "linear")
     assert (qst.output, qst.tap_embeddings, qst.tap_down, qst.tap_rank) == ("mix", True, "adapter", 16)
+    assert LadderConfig.preset("rejoin").rejoin == 0.5 and ladder.rejoin == 0
     assert all(LadderConfig.preset(name).preset_name == name for name in PRESETS)
 
 
@@ -61,7 +62,7 @@ def test_json_round_trip(name: str) -> None:
     ("values", "message"),
     [
         ({"side_dim": 64}, r"unknown ladder configuration keys \['side_dim'\]; known keys: preset_name"),
-        ({"preset_name": "rope"}, "preset_name must be one of ladder, xladder, lst, qst, got 'rope'"),
+        ({"preset_name": "rope"}, "preset_name must be one of ladder, xladder, lst, qst, rejoin, got 'rope'"),
         ({"merge": ["lst"]}, "merge must be one of lst, sum"),
         ({"tap_down": "conv"}, "tap_down must be one of linear, low_rank, adapter, avg_pool, max_pool, got 'conv'"),
         ({"output": None}, "output must be one of"),

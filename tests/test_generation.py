@@ -32,7 +32,7 @@ def left_padded() -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("preset", ["ladder", "xladder", "lst", "qst"])
+@pytest.mark.parametrize("preset", ["ladder", "xladder", "lst", "qst", "rejoin"])
 def test_cached_logits_equal_a_full_pass(preset: str, family: str) -> None:
     model = model_of(preset, family)
     ids = batch(1, 14)
@@ -70,7 +70,7 @@ def test_cached_tokens_equal_uncached_tokens(family: str, options: dict[str, Any
     assert outputs[0].shape[1] == 9 + 4
 
 
-@pytest.mark.parametrize("preset", ["ladder", "qst"])
+@pytest.mark.parametrize("preset", ["ladder", "qst", "rejoin"])
 def test_a_left_padded_batch_generates_what_each_prompt_does_alone(preset: str) -> None:
     model = model_of(preset)
     ids, mask = left_padded()

@@ -33,7 +33,7 @@ def _loss(model: LadderForCausalLM, batch: dict[str, Any], fake: FakeTensorMode)
     return model(**on_device, num_items_in_batch=fake.from_tensor(torch.tensor(7))).loss
 
 
-@pytest.mark.parametrize("preset", ["ladder", "xladder", "lst", "qst"])
+@pytest.mark.parametrize("preset", ["ladder", "xladder", "lst", "qst", "rejoin"])
 def test_forward_and_backward_read_nothing(preset: str) -> None:
     model, batch = ladder_model(preset).train(), _batch()
     with FakeTensorMode(allow_non_fake_inputs=True) as fake:

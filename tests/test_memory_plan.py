@@ -50,6 +50,9 @@ STREAMED = MemoryPolicies("host", head_dtype="nf4")
         (QWEN, "ladder", 1500, 1, 2, MemoryPolicies(taps="host")),
         (QWEN, "ladder", 1024, 1, 4, MemoryPolicies(taps="int8")),
         (LLAMA, "ladder", 1024, 1, 1, MemoryPolicies(taps="none")),
+        (QWEN, "rejoin", 2048, 1, 1, MemoryPolicies()),
+        (LLAMA, "rejoin", 700, 1, 3, STREAMED),
+        (LLAMA, "rejoin", 1024, 1, 1, MemoryPolicies(taps="int8")),
         (LLAMA, "lst", 333, 3, 2, dataclasses.replace(STREAMED, resident_layers=1, prefetch=2)),
         (
             dataclasses.replace(LLAMA, hidden_size=256, num_heads=4, num_kv_heads=1),
@@ -128,7 +131,7 @@ def test_weights_and_parameters_are_counted_exactly(tmp_path: Path) -> None:
     weights = {part: size for part, size in plan.phases["load"].items() if part != "activations"}
     assert sum(weights.values()) == backbone.nbytes
     assert weights["backbone layers"] == backbone.config.num_layers * layer_bytes(backbone.config, 2)
-    for preset in ("ladder", "xladder", "lst", "qst"):
+    for preset in ("ladder", "xladder", "lst", "qst", "rejoin"):
         config = LadderConfig.preset(preset, reduction_factor=2)
         model = LadderForCausalLM.from_backbone(backbone, config)
         assert side_parameters(backbone.config, config) == sum(p.numel() for p in model.parameters())
@@ -137,7 +140,7 @@ def test_weights_and_parameters_are_counted_exactly(tmp_path: Path) -> None:
 @given(
     tokens=st.integers(1, 40_000),
     batch=st.integers(1, 4),
-    preset=st.sampled_from(["ladder", "xladder", "lst", "qst"]),
+    preset=st.sampled_from(["ladder", "xladder", "lst", "qst", "rejoin"]),
     taps=st.sampled_from(["device", "int8", "host"]),
     head_dtype=st.sampled_from(["dense", "int8", "nf4"]),
 )

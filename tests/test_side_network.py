@@ -108,7 +108,7 @@ def test_only_a_residual_output_starts_closed() -> None:
     assert network("qst").final_norm is network("ladder").final_norm is None
 
 
-@pytest.mark.parametrize("preset", ["ladder", "xladder", "lst", "qst"])
+@pytest.mark.parametrize("preset", ["ladder", "xladder", "lst", "qst", "rejoin"])
 def test_untrained_combination_is_the_backbone_except_for_lst(preset: str) -> None:
     side = network(preset)
     hidden, state = run(side)
@@ -127,7 +127,7 @@ def test_every_parameter_of_qst_gets_a_gradient_after_one_step() -> None:
     assert all(parameter.grad is not None and parameter.grad.any() for parameter in side.parameters())
 
 
-@pytest.mark.parametrize("preset", ["ladder", "xladder", "lst", "qst"])
+@pytest.mark.parametrize("preset", ["ladder", "xladder", "lst", "qst", "rejoin"])
 def test_no_parameter_is_unused(preset: str) -> None:
     side = network(preset)
     side.combine(*run(side)).sum().backward()

@@ -195,7 +195,7 @@ def expected_pass(model: LadderForCausalLM, batch: dict[str, Any]) -> tuple[Tens
         return loss.detach(), list(torch.autograd.grad(loss, list(model.parameters())))
 
 
-@pytest.mark.parametrize("preset", ["xladder", "lst", "qst"])
+@pytest.mark.parametrize("preset", ["xladder", "lst", "qst", "rejoin"])
 def test_replays_follow_inputs_and_parameters(preset: str) -> None:
     """Other tokens, other weights, other supervised rows within the bucket."""
     model = new_model(preset)

@@ -170,7 +170,11 @@ class Backbone:
         yield 0, hidden
         for index in range(len(self.blocks) if last is None else last):
             with torch.no_grad(), self.layers.on_device(index) as block:
-                hidden = self._run_block(block, index, hidden, tables, layout, cache)
+                out = self._few_rows(block, index, hidden, tables, layout, cache)
+                if out is None:
+                    hidden = self._attention(block, index, hidden, tables, layout, cache)  # h_index is freed
+                    out = self._mlp(block, hidden)
+                hidden = out
             yield index + 1, hidden
 
     def run_above(

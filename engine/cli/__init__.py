@@ -23,7 +23,7 @@ app = typer.Typer(
 
 @app.command()
 def train(
-    preset: Annotated[str | None, typer.Option(help="Side network: ladder, xladder, lst or qst.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Side network: ladder, xladder, rejoin, lst or qst.")] = None,
     model: Annotated[str | None, typer.Option(help="Backbone: folder or hub id. Default: a tiny one, shipped.")] = None,
     data: Annotated[str | None, typer.Option(help="Training jsonl: text, prompt + completion, or messages.")] = None,
     eval_data: Annotated[str | None, typer.Option(help="Held-out jsonl. Default: a seeded share of --data.")] = None,
@@ -124,7 +124,7 @@ def plan(
     gradient_accumulation_steps: Annotated[
         int, typer.Option("--gradient-accumulation-steps", "--gradient-accumulation", min=1, help="Passes per step.")
     ] = 1,
-    preset: Annotated[str, typer.Option(help="Side network: ladder, xladder, lst or qst.")] = "ladder",
+    preset: Annotated[str, typer.Option(help="Side network: ladder, xladder, rejoin, lst or qst.")] = "ladder",
     reduction_factor: Annotated[int, typer.Option(help="Backbone width over side width.")] = 16,
 ) -> None:
     """Plan the memory of training on a GPU: every part, the policies to choose, time bounds, and what fits."""

@@ -312,14 +312,14 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
         loss = logits = count = None
         if supervised:
             chosen, targets = supervision(rows, labels, supervised_rows, supervised_targets)
-            hidden = self.model.combined(passed or self.model.run(rows), rows.layout, chosen)
+            hidden = self.model.combined(*(passed or self.model.run(rows)), rows.layout, chosen)
             total = self.model.loss(hidden, targets)
             count = (targets != IGNORE_INDEX).sum()
             # At least 1: a step without a supervised token has the loss 0, not NaN.
             loss = total / torch.as_tensor(count if num_items_in_batch is None else num_items_in_batch).clamp_min(1)
         else:
             chosen, kept = rows.columns(logits_to_keep)
-            hidden = self.model.combined(self.model.run(rows, cache), rows.layout, chosen, cache)
+            hidden = self.model.combined(*self.model.run(rows, cache), rows.layout, chosen, cache)
             logits = kept.padded(self.backbone.logits(hidden))
         output = LadderOutput(loss=loss, logits=logits, past_key_values=cache, num_supervised=count)
         return output.to_tuple() if return_dict is False else output

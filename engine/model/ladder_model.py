@@ -147,7 +147,8 @@ class LadderModel(nn.Module):
 
     def combined(
         self,
-        passed: Passed,
+        hidden: Tensor,
+        state: Tensor,
         layout: SequenceLayout,
         chosen: Tensor | None = None,
         cache: DynamicCache | None = None,
@@ -155,17 +156,18 @@ class LadderModel(nn.Module):
         """What the frozen head multiplies, [R, D]: the final norm of the top k blocks of combine(h_{L-k}, s).
 
         Args:
-            passed: what `run` has returned.
-            layout: of its rows.
+            hidden, state: h_{L-k} [N, D] and s [N, S], as `run` returns them.
+            layout: of their rows.
             chosen: rows that are wanted, None for all.
             cache: that `run` has extended; the top k blocks extend it too.
         """
-        network, hidden = self.side_network, passed[0]
+        network, backbone = self.side_network, self.backbone
         with torch.autocast(hidden.device.type, enabled=False):
-            if network.joins_at == len(self.backbone.blocks):
-                return self.backbone.final_norm(network.combine(*(_rows(tensor, chosen) for tensor in passed)))
-            above = self.backbone.run_above(network.combine(*passed), network.joins_at, layout, cache)
-            return self.backbone.final_norm(_rows(above, chosen))
+            if network.joins_at == len(backbone.blocks):
+                hidden, state = _rows(hidden, chosen), _rows(state, chosen)  # the others are freed
+                return backbone.final_norm(network.combine(hidden, state))
+            hidden = backbone.run_above(network.combine(hidden, state), network.joins_at, layout, cache)
+            return backbone.final_norm(_rows(hidden, chosen))
 
     def loss(self, hidden: Tensor, targets: Tensor) -> Tensor:
         """Summed cross entropy of rows [R, D] from `combined` and token ids [R], -100 counting nothing."""
@@ -185,7 +187,7 @@ class LadderModel(nn.Module):
         """Hidden states [B, T, D] after the final norm, zero on padding. Arguments as of `LadderForCausalLM`."""
         refuse_unsupported(unsupported)
         rows, cache = enter(input_ids, attention_mask, position_ids, cu_seq_lens_q, past_key_values, use_cache)
-        hidden = self.combined(self.run(rows, cache), rows.layout, cache=cache)
+        hidden = self.combined(*self.run(rows, cache), rows.layout, cache=cache)
         return BaseModelOutputWithPast(last_hidden_state=rows.padded(hidden), past_key_values=cache)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LadderModel:

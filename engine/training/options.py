@@ -23,7 +23,7 @@ class TrainOptions:
     """Everything a run depends on.
 
     Attributes:
-        preset: ladder, xladder, lst or qst.
+        preset: of the side network, see `engine.config.PRESETS`.
         model: path or hub id of the backbone; None: the shipped one.
         data: jsonl file to train on; None: the shipped task.
         eval_data: held-out jsonl file; None: a seeded share of `data`.
