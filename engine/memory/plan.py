@@ -130,8 +130,7 @@ class StepParts:
         above = {"states above": self.states_above()}
         phases = {
             "load": weights | {"activations": self.loading()},
-            "backbone pass": during
-            | {"taps": last, "side states": below, "activations": self.block() + self.untapped_input()},
+            "backbone pass": during | {"taps": last, "side states": below, "activations": self.block()},
             "side forward": self.passed() | {"activations": self.last_hidden() + self.side_forward()},
             "loss": self.at_loss() | above | {"activations": self.last_hidden() + self.at_output()},
             "backward": max(self.backward(), key=lambda parts: sum(parts.values())),
@@ -305,11 +304,6 @@ class StepParts:
     def block(self) -> int:
         """Activations of one backbone block in the pass."""
         return self._block(self.work.pass_rows, self.policies.taps == "device")
-
-    def untapped_input(self) -> int:
-        """The input of the last block of the pass, where it is no tap."""
-        is_kept = self._side_network.joins_at - 1 in self.kept_taps
-        return 0 if is_kept or self.policies.taps != "device" else self.hidden()
 
     def at_output(self) -> int:
         """The frozen blocks that the output passes, then the loss."""
