@@ -183,7 +183,7 @@ def test_the_promised_peaks_are_planned() -> None:
 
 
 @pytest.mark.parametrize(("tokens", "batch"), [(512, 1), (300, 4)])
-@pytest.mark.parametrize("preset", ["ladder", "qst"])
+@pytest.mark.parametrize("preset", ["ladder", "qst", "rejoin"])
 def test_an_evaluation_holds_what_was_planned(
     preset: str, tokens: int, batch: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -130,22 +130,27 @@ def test_flops_of_low_rank_adapters(backbone: Backbone, top_blocks: int | None) 
     assert count_flops(model, batch) == expected
 
 
-def test_flops_of_a_side_network(backbone: Backbone) -> None:
-    """2N for the backbone, and the side network's: forward, again in backward (not taps and side_up), and gradients."""
+@pytest.mark.parametrize("rejoin", [0.0, 0.5])
+def test_flops_of_a_side_network(backbone: Backbone, rejoin: float) -> None:
+    """2N for the backbone, and the side network's: forward, again in backward (not taps and side_up), and gradients.
+
+    Blocks that gradients come through take as much again twice, and side_up then has all rows.
+    """
     config, batch = backbone.config, _batch((9, 4, 6))
-    model = LadderForCausalLM.from_backbone(backbone, LadderConfig())
+    model = LadderForCausalLM.from_backbone(backbone, LadderConfig(rejoin=rejoin))
     rows, supervised = 19, len(batch["supervised_rows"])
     side = model.side_network
+    above = config.num_layers - side.joins_at
     layers = sum(p.numel() for layer in side.layers for p in layer.parameters() if p.dim() == 2)
     taps = sum(tap.weight.numel() for tap in side.taps)
     scores = (81 + 16 + 36) * config.num_heads * config.head_dim
     side_scores = (81 + 16 + 36) * side.dims.num_heads * side.dims.head_dim * side.num_side_layers
     expected = (
-        2 * rows * config.num_layers * layer_parameters(config)
-        + 4 * config.num_layers * scores
+        2 * rows * (config.num_layers + 2 * above) * layer_parameters(config)
+        + (4 * config.num_layers + 14 * above) * scores
         + rows * (8 * layers + 4 * taps)
         + 18 * side_scores
-        + 6 * supervised * side.side_up.numel()
+        + 6 * (rows if above else supervised) * side.side_up.numel()
         + 4 * supervised * config.vocab_size * config.hidden_size
     )
     assert count_flops(model, batch) == pytest.approx(expected, rel=0.03)

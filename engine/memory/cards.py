@@ -89,10 +89,12 @@ class StepWork:
 def step_work(backbone: BackboneConfig, config: LadderConfig, work: Workload, plan: MemoryPlan) -> StepWork:
     """The work of one optimizer step with the plan's policies: `work.accumulation` micro-batches in groups."""
     flops = work.accumulation * pass_flops(backbone, config, [work.tokens] * work.batch, work.rows)
-    streamed = plan.host["streamed layers"] + 2 * plan.host["taps"]
-    packed = backbone.num_layers * layer_bytes(backbone, work.itemsize)
-    passes = -(-work.accumulation // work.group)
-    return StepWork(flops, passes * packed, passes * streamed)
+    joins_at = config.joins_at(backbone.num_layers)
+    passes, above = -(-work.accumulation // work.group), work.accumulation * (backbone.num_layers - joins_at)
+    # Blocks above read their weights for each micro-batch by itself: forward, computed again, and for the gradient.
+    packed = (passes * joins_at + 3 * above) * layer_bytes(backbone, work.itemsize)
+    streamed = plan.host["streamed layers"] * (passes * joins_at + 2 * above) / backbone.num_layers
+    return StepWork(flops, packed, round(streamed + passes * 2 * plan.host["taps"]))
 
 
 def pass_flops(backbone: BackboneConfig, config: LadderConfig, lengths: Sequence[int], supervised: int) -> float:
@@ -105,10 +107,12 @@ def pass_flops(backbone: BackboneConfig, config: LadderConfig, lengths: Sequence
         supervised: rows that the head multiplies.
     """
     rows = sum(lengths)
-    linears = 2 * rows * backbone.num_layers * layer_parameters(backbone)
-    # Two products of causal scores: half of 2 x 2 x tokens^2 x width for each document.
+    above = backbone.num_layers - config.joins_at(backbone.num_layers)
+    # Blocks above are computed again, and the gradient to their input takes as much.
+    linears = 2 * rows * (backbone.num_layers + 2 * above) * layer_parameters(backbone)
+    # Two products of causal scores: half of 2 x 2 x tokens^2 x width for each document. Backward has five.
     scores = 2 * sum(tokens**2 for tokens in lengths)
-    attention = scores * backbone.num_heads * backbone.head_dim * backbone.num_layers
+    attention = scores * backbone.num_heads * backbone.head_dim * (backbone.num_layers + 3.5 * above)
     head = 4 * supervised * backbone.vocab_size * backbone.hidden_size
     # Forward, computed again, and the two products of backward; taps and side_up are not computed again.
     side = 8 * rows * side_parameters(backbone, config)
