@@ -18,6 +18,7 @@ from benchmarks import __main__ as command_line
 from benchmarks.quality import command
 from benchmarks.quality import run as quality_run
 from benchmarks.quality.flops import count_flops
+from benchmarks.quality.figures import COLORS
 from benchmarks.quality.grid import Grid, best_rate, budget_name, next_run, rates_of
 from benchmarks.quality.low_rank import LowRankModel
 from benchmarks.quality.methods import METHODS, find_method
@@ -32,7 +33,16 @@ from engine.data.collator import Collator
 from engine.memory.cards import layer_parameters
 from engine.model.causal_lm import LadderForCausalLM
 
-GRID = Grid(("3.0M", "0.8M"), ("docstring", "hops"), ("qlora_r16", "ladder", "xladder"), 2, 2, (1e9, 2e9, 4e9), 3, (1,))
+GRID = Grid(
+    ("3.0M", "0.8M"),
+    ("docstring", "hops"),
+    ("qlora_r16", "ladder", "xladder"),
+    2,
+    2,
+    (1e9, 2e9, 4e9),
+    3,
+    ("xladder:num_taps=1",),
+)
 TOY = replace(GRID, sizes=("3.0M",), tasks=("hops",), methods=("qlora_r16", "ladder"), seeds=1, budgets=(2e8, 4e8))
 
 
@@ -349,6 +359,7 @@ def test_cells_and_figures_of_a_whole_grid(tmp_path: Path) -> None:
     scaling = {(one.method, one.task): one for one in scalings(rows)}["ladder", "docstring"]
     assert set(scaling.sizes) == {"3.0M", "0.8M"} and max(scaling.losses) < 3.2
     assert scaling.fit.slope == pytest.approx(0.4, rel=0.2)
+    assert COLORS.keys() == METHODS.keys()
     drawn = [path.name for path in command.draw_all(rows, tmp_path)]
     assert drawn == [f"quality_{name}.png" for name in ("cost", "isoflop", "delta", "accuracy")]
     assert all((tmp_path / name).stat().st_size > 10_000 for name in drawn)

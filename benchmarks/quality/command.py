@@ -38,11 +38,15 @@ FULL = Grid(
     seeds=3,
     budgets=(0.25e12, 0.5e12, 1e12, 2e12),
     steps=60,
-    num_taps=(1, 2, 4, 6),
+    variants=(
+        *(f"xladder:num_taps={taps}" for taps in (1, 2, 4, 6)),
+        *(f"ladder:rejoin={share}" for share in (0.125, 0.25, 0.5, 0.75)),
+        *(f"rejoin:{change}" for change in ("num_taps=1", "merge=sum", "reduction_factor=4", "reduction_factor=1")),
+    ),
 )
 """1e12 FLOPs are some 60 steps of QLoRA with rank 16 on the docstring task beside the shipped backbone."""
 SMALL = replace(
-    FULL, sizes=(SHIPPED,), tasks=("docstring",), rates=2, seeds=1, budgets=(0.5e12,), steps=None, num_taps=()
+    FULL, sizes=(SHIPPED,), tasks=("docstring",), rates=2, seeds=1, budgets=(0.5e12,), steps=None, variants=()
 )
 
 

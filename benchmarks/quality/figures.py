@@ -22,8 +22,9 @@ from benchmarks.quality.rows import Row, read_rows
 from benchmarks.quality.summary import Cell, Scaling, cells, flops_of, scalings
 
 COLORS = {
-    "ladder": "#1b6ca8", "xladder": "#0b3d63", "lst": "#5fa8d3", "qst": "#9ccbe8", "qlora_r8": "#c8c8c8",
-    "qlora_r16": "#8a8a8a", "qlora_r64": "#5a5a5a", "lora_top_half": "#d39b5f", "lora_top_quarter": "#a8651b",
+    "ladder": "#1b6ca8", "xladder": "#0b3d63", "rejoin": "#2a8c4a", "lst": "#5fa8d3", "qst": "#9ccbe8",
+    "qlora_r8": "#c8c8c8", "qlora_r16": "#8a8a8a", "qlora_r64": "#5a5a5a",
+    "lora_top_half": "#d39b5f", "lora_top_quarter": "#a8651b",
 }  # fmt: skip
 _DPI = 150
 

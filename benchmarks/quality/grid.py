@@ -4,7 +4,7 @@
     2  at each method's best rate: the other seeds
     3  the other tasks, of the methods in COMPARED: learning rates, then seeds, at the middle budget
     4  the other budgets and sizes, of the methods in SCALED
-    5  xladder over delta, the number of tapped blocks
+    5  variants of the methods, one change each
     6  as many steps for all instead of as many FLOPs
 
 What is not said to be another one is the first size and the first task. Stages 2 to 6 depend on what was found before:
@@ -36,7 +36,7 @@ class Grid:
         seeds: at least 1.
         budgets: rising, in FLOPs.
         steps: of all methods alike; None: not compared so.
-        num_taps: what xladder is tried with as delta.
+        variants: methods as `find_method` reads them, each at the best rate of the method that it is one of.
     """
 
     sizes: tuple[str, ...]
@@ -46,7 +46,7 @@ class Grid:
     seeds: int
     budgets: tuple[float, ...]
     steps: int | None
-    num_taps: tuple[int, ...]
+    variants: tuple[str, ...]
 
     @property
     def middle(self) -> str:
@@ -110,9 +110,9 @@ def _runs(grid: Grid, rows: Sequence[Row]) -> Iterator[Run]:
         for flops in grid.budgets:
             for method in (method for method in grid.methods if method in SCALED):
                 yield from at_best(method, any_size, task, budget_name(flops))
-    if "xladder" in grid.methods:
-        for taps in grid.num_taps:
-            yield from at_best(f"xladder:num_taps={taps}", size, task, grid.middle)
+    for seed in seeds:
+        for variant in (name for name in grid.variants if name.partition(":")[0] in grid.methods):
+            yield Run(variant, size, task, grid.middle, best_rate(grid, rows, variant, task), seed)
     if grid.steps is not None:
         for method in grid.methods:
             yield from at_best(method, size, task, f"steps={grid.steps}")
