@@ -43,7 +43,7 @@ GRID = Grid(
     3,
     ("xladder:num_taps=1",),
 )
-TOY = replace(GRID, sizes=("3.0M",), tasks=("hops",), methods=("qlora_r16", "ladder"), seeds=1, budgets=(2e8, 4e8))
+TOY = replace(GRID, sizes=("3.0M",), tasks=("docstring",), methods=("qlora_r16", "ladder"), seeds=1, budgets=(2e8, 4e8))
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
     1  every learning rate of every method, one seed, at the middle budget: whoever is tuned worse would only seem worse
     2  at each method's best rate: the other seeds
-    3  the other tasks, of the methods in COMPARED: learning rates, then seeds, at the middle budget
+    3  the other tasks, of the methods in COMPARED: learning rates, then seeds, at the middle budget times EFFORTS
     4  the other budgets and sizes, of the methods in SCALED
     5  variants of the methods, one change each
     6  as many steps for all instead of as many FLOPs
@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from benchmarks.quality.methods import find_method
 from benchmarks.quality.rows import Row, Run
 
+EFFORTS = {"hops": 6.0, "hops_steps": 6.0}
+"""Times the middle budget, for tasks of which nobody learns anything within it: everybody's loss is ln 3, chance."""
 COMPARED = ("qlora_r16", "lora_top_half", "ladder", "xladder", "rejoin")
 """Methods that are tried on every task."""
 SCALED = ("qlora_r16", "ladder", "rejoin")
@@ -50,8 +52,12 @@ class Grid:
 
     @property
     def middle(self) -> str:
-        """The budget at which learning rates are chosen."""
-        return budget_name(self.budgets[len(self.budgets) // 2])
+        """The budget at which learning rates are chosen, on the first task."""
+        return self.middle_of(self.tasks[0])
+
+    def middle_of(self, task: str) -> str:
+        """The same on any task."""
+        return budget_name(self.budgets[len(self.budgets) // 2] * EFFORTS.get(task, 1.0))
 
 
 def budget_name(flops: float) -> str:
@@ -75,7 +81,7 @@ def best_rate(grid: Grid, rows: Sequence[Row], method: str, task: str) -> float:
             row.run.learning_rate: row.loss
             for row in rows
             if (row.run.method, row.run.size, row.run.task) == (name, grid.sizes[0], task)
-            and (row.run.budget, row.run.seed) == (grid.middle, 0)
+            and (row.run.budget, row.run.seed) == (grid.middle_of(task), 0)
         }
         if tried:
             return min(tried, key=lambda rate: tried[rate])
@@ -105,7 +111,7 @@ def _runs(grid: Grid, rows: Sequence[Row]) -> Iterator[Run]:
     for other in grid.tasks[1:]:
         yield from _sweep(grid, compared, other)
         for method in compared:
-            yield from at_best(method, size, other, grid.middle)
+            yield from at_best(method, size, other, grid.middle_of(other))
     for any_size in grid.sizes:
         for flops in grid.budgets:
             for method in (method for method in grid.methods if method in SCALED):
@@ -123,4 +129,4 @@ def _sweep(grid: Grid, methods: Sequence[str], task: str) -> Iterator[Run]:
     rates = {method: rates_of(method, grid.rates) for method in methods}
     for place in sorted(range(grid.rates), key=lambda place: abs(2 * place - grid.rates + 1)):
         for method in methods:
-            yield Run(method, grid.sizes[0], task, grid.middle, rates[method][place], 0)
+            yield Run(method, grid.sizes[0], task, grid.middle_of(task), rates[method][place], 0)
