@@ -73,7 +73,7 @@ class TrackedCase:
 
 STREAMED = MemoryPolicies(residency="host", taps="host", head_dtype="nf4")
 CASES = (
-    *(TrackedCase("Qwen2.5-7B", 2048, method) for method in ("ladder", "xladder", "lst", "qst", *RIVALS)),
+    *(TrackedCase("Qwen2.5-7B", 2048, method) for method in ("ladder", "xladder", "rejoin", "lst", "qst", *RIVALS)),
     TrackedCase("Qwen2.5-7B", 2048, "ladder", policies=MemoryPolicies(taps="int8")),
     TrackedCase("Qwen2.5-7B", 2048, "ladder", policies=STREAMED),
     TrackedCase("Qwen2.5-7B", 32768, "ladder", policies=STREAMED),
