@@ -17,8 +17,8 @@ from checkpoints import tiny_checkpoint
 from benchmarks import __main__ as command_line
 from benchmarks.quality import command
 from benchmarks.quality import run as quality_run
-from benchmarks.quality.flops import count_flops
 from benchmarks.quality.figures import COLORS
+from benchmarks.quality.flops import count_flops
 from benchmarks.quality.grid import Grid, best_rate, budget_name, next_run, rates_of
 from benchmarks.quality.low_rank import LowRankModel
 from benchmarks.quality.methods import METHODS, find_method
