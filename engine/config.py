@@ -44,7 +44,7 @@ class LadderConfig:
         reduction_factor: backbone width D over side width S (S is rounded up to a multiple of 32).
         connection: "ladder" taps every `tap_every`-th backbone block, one side layer each; "xladder" feeds the top
             `num_taps` blocks to the first side layers and leaves the others without a tap.
-        num_side_layers: side layers l. None: as many as there are taps (ladder), as backbone blocks (xladder).
+        num_side_layers: side layers l. None: as many as there are taps (ladder), as blocks that are followed (xladder).
         num_taps: tapped blocks delta, xladder only. None: half of the side layers.
         tap_every: distance of tapped blocks, ladder only, counted down from the last block, which is always tapped.
         tap_embeddings: the side network starts from the projected embeddings s_0 = tap_down_0(h_0), so that the first

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ladder_kernels.dispatch import without_autocast
 from ladder_kernels.nf4 import NF4Weight, dequantize_nf4
 from ladder_kernels.nf4_linear import nf4_linear
 from ladder_kernels.workspace import Workspace
@@ -51,4 +52,5 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor, None, None, None]:
-        return dout @ dequantize_nf4(ctx.nf4_weight, dout.dtype), None, None, None
+        with without_autocast(dout.device):
+            return dout @ dequantize_nf4(ctx.nf4_weight, dout.dtype), None, None, None

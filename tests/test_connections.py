@@ -78,16 +78,23 @@ def test_maps_of_configurations(config: LadderConfig, num_layers: int, expected:
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        (LadderConfig(tap_every=5), "tap_every must be from 1 to the backbone's 4 blocks, got 5"),
+        (LadderConfig(tap_every=5), "tap_every must be from 1 to the 4 blocks that the side network follows, got 5"),
         (LadderConfig(num_side_layers=3), "num_side_layers=3, but tap_every=1 taps 4 of 4 blocks.*preset xladder"),
-        (LadderConfig.preset("xladder", num_taps=5), "num_taps must be from 1 to the backbone's 4 blocks, got 5"),
+        (
+            LadderConfig(tap_every=3, rejoin=0.5),
+            "tap_every must be from 1 to the 2 blocks that the side network follows",
+        ),
+        (
+            LadderConfig.preset("xladder", num_taps=5),
+            "num_taps must be from 1 to the 4 blocks that the side network follows, got 5",
+        ),
         (
             LadderConfig.preset("xladder", num_taps=3, num_side_layers=2),
             "num_taps=3 needs at least as many side layers, got num_side_layers=2: lower num_taps or raise",
         ),
         (
             LadderConfig.preset("xladder", num_side_layers=10),
-            "num_taps must be from 1 to the backbone's 4 blocks, got 5",
+            "num_taps must be from 1 to the 4 blocks that the side network follows, got 5",
         ),
     ],
 )

@@ -32,7 +32,7 @@ def ragged_data() -> TokenizedDataset:
     return TokenizedDataset(samples)
 
 
-@pytest.mark.parametrize("preset", ["xladder", "lst"])
+@pytest.mark.parametrize("preset", ["xladder", "lst", "rejoin"])
 def test_losses_are_those_of_plain_models(preset: str) -> None:
     """Document by document: transformers in fp64 for the backbone, logits in fp64 for the side network."""
     data = ragged_data()
@@ -49,13 +49,13 @@ def test_losses_are_those_of_plain_models(preset: str) -> None:
     assert (found.samples, found.supervised_tokens) == (5, count)
     assert found.loss == pytest.approx(float(sums[0]) / count, rel=1e-5)
     assert found.backbone_loss == pytest.approx(float(sums[1]) / count, rel=1e-5)
-    assert found.loss != pytest.approx(found.backbone_loss, rel=1e-2)
+    assert found.loss != pytest.approx(found.backbone_loss, rel=1e-3)
     assert found.perplexity == math.exp(found.loss) and found.backbone_perplexity == math.exp(found.backbone_loss)
 
 
-@pytest.mark.parametrize("batch_size", [1, 3, 100])
-def test_batches_do_not_matter_and_an_untrained_side_network_changes_nothing(batch_size: int) -> None:
-    model = ladder_model().train()
+@pytest.mark.parametrize(("batch_size", "preset"), [(1, "ladder"), (3, "rejoin"), (100, "ladder")])
+def test_batches_do_not_matter_and_an_untrained_side_network_changes_nothing(batch_size: int, preset: str) -> None:
+    model = ladder_model(preset).train()
     found = evaluate(model, ragged_data(), batch_size)
     assert found.loss == found.backbone_loss == pytest.approx(evaluate(model, ragged_data(), 2).loss, rel=1e-6)
     assert model.training and all(parameter.grad is None for parameter in model.parameters())

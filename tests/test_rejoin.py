@@ -132,6 +132,34 @@ def test_a_cache_may_be_filled_with_gradients_on() -> None:
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+@pytest.mark.parametrize(
+    ("dtype", "autocast"), [(torch.float32, torch.bfloat16), (torch.bfloat16, torch.float16)], ids=str
+)
+def test_a_backward_under_autocast_computes_in_the_backbones_dtype(dtype: torch.dtype, autocast: torch.dtype) -> None:
+    """The block computed again multiplies, attends and adds biases of one dtype, as in the forward pass."""
+    backbone = tiny_backbone("llama_bias", dtype)
+    hidden, layout = backbone.embed(batch(9)), SequenceLayout.packed([9])
+
+    def gradient(is_autocast: bool) -> Tensor:
+        leaf = hidden.clone().requires_grad_()
+        out = backbone.run_above(leaf, 1, layout)
+        with torch.autocast("cpu", autocast, enabled=is_autocast):
+            return torch.autograd.grad(out, leaf, torch.ones_like(out))[0]
+
+    assert_same_bits("dhidden", gradient(True), gradient(False))
+
+
+@pytest.mark.parametrize("autocast", [torch.bfloat16, torch.float16], ids=str)
+def test_frozen_linear_under_autocast(autocast: torch.dtype) -> None:
+    weight, x = quantize_nf4(torch.randn(64, 64)), torch.randn(3, 64, requires_grad=True)
+    (expected,) = torch.autograd.grad(frozen_linear(x, weight).sum(), x)
+    with torch.autocast("cpu", autocast):
+        out = frozen_linear(x, weight)
+        (dx,) = torch.autograd.grad(out, x, torch.ones_like(out))
+    assert_same_bits("out", out, frozen_linear(x, weight))
+    assert_same_bits("dx", dx, expected)
+
+
 def test_networks_that_join_at_different_blocks_share_a_pass() -> None:
     """To the bit what each computes alone; the pass ends where the last one joins."""
     ids = batch(1, 15)

@@ -363,4 +363,6 @@ class _BlockAbove(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         (hidden, cos, sin), (backbone, index, layout) = ctx.saved_tensors, ctx.call
-        return backbone._block_gradient(dout, index, hidden, (cos, sin), layout), None, None, None, None, None
+        # As the forward pass ran, wherever backward() is called: autocast would give its products other dtypes.
+        with torch.autocast(dout.device.type, enabled=False):
+            return backbone._block_gradient(dout, index, hidden, (cos, sin), layout), None, None, None, None, None

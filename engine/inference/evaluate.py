@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from engine.data.collator import Collator
 from engine.model.causal_lm import LadderForCausalLM
+from engine.sequence import SequenceLayout
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,10 @@ def _summed_losses(model: LadderForCausalLM, batch: dict[str, Any]) -> Tensor:
     batch = {name: value.to(backbone.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
     (passed,) = model.run_ahead([batch])
     ladder = model(**batch, passed=passed, num_items_in_batch=1).loss
-    hidden = passed[0].index_select(0, batch["supervised_rows"])
-    alone = model.model.loss(backbone.final_norm(hidden), batch["supervised_targets"])
+    layout = SequenceLayout.packed(batch["document_lengths"], backbone.device)
+    last = backbone.run_above(passed[0], model.side_network.joins_at, layout)
+    normed = backbone.final_norm(last.index_select(0, batch["supervised_rows"]))
+    alone = model.model.loss(normed, batch["supervised_targets"])
     return torch.stack((ladder, alone)).double().cpu()
 
 

@@ -26,7 +26,9 @@ def ladder_connections(num_layers: int, tap_every: int = 1) -> Connections:
         ValueError: tap_every outside 1..L.
     """
     if not 1 <= tap_every <= num_layers:
-        raise ValueError(f"tap_every must be from 1 to the backbone's {num_layers} blocks, got {tap_every}")
+        raise ValueError(
+            f"tap_every must be from 1 to the {num_layers} blocks that the side network follows, got {tap_every}"
+        )
     tapped = sorted(range(num_layers, 0, -tap_every))
     return [(backbone_layer, side_layer) for side_layer, backbone_layer in enumerate(tapped)]
 
@@ -46,7 +48,9 @@ def xladder_connections(num_layers: int, num_taps: int, num_side_layers: int) ->
         ValueError: num_taps outside 1..min(L, l).
     """
     if not 1 <= num_taps <= num_layers:
-        raise ValueError(f"num_taps must be from 1 to the backbone's {num_layers} blocks, got {num_taps}")
+        raise ValueError(
+            f"num_taps must be from 1 to the {num_layers} blocks that the side network follows, got {num_taps}"
+        )
     if num_taps > num_side_layers:
         raise ValueError(
             f"num_taps={num_taps} needs at least as many side layers, got num_side_layers={num_side_layers}: "

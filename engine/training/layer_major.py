@@ -5,7 +5,8 @@ backbone takes rows without a batch dimension and documents do not see each othe
 pass over their rows; the side network, whose weights are small, runs per micro-batch beside it. Losses and backwards
 stay one by one, in the order and with the arithmetic of the stock loop, and each frees its side network's memory.
 
-A group keeps, until its losses, h_L and what backward needs: the hidden states its taps hold and the side states.
+A group keeps, until its losses, the hidden state that the output joins and what backward needs: the hidden states its
+taps hold and the side states.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ class LayerMajor:
         self._waiting, self._passed = deque(batches), deque()
 
     def take(self, model: LadderForCausalLM, batch: Batch, prepare: Callable[[Batch], Batch]) -> Passed | None:
-        """h_L and side state of the next announced micro-batch; None where it has to be run alone.
+        """What was computed of the next announced micro-batch; None where it has to be run alone.
 
         Args:
             model: what runs.
