@@ -5,7 +5,7 @@ weights as it reads them. For more, W is decoded panel by panel along N into reu
 multiplied straight into its columns of out: the whole matrix never exists. On a CPU without 16-bit units the products
 of 16-bit tensors are computed in fp32, from the same rounded weights. `launch.linear_plan` chooses, on a GPU
 `launch.gpu_linear_plan`. `nf4_swiglu` is silu(x @ W_gate^T) * (x @ W_up^T), on a GPU in one kernel where planned so.
-Forward only: the backbone runs without gradients, so there is nothing to save.
+Forward only, with nothing to save; `frozen_linear` is the same with a gradient.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from ladder_kernels.nf4_tensors import NF4_SCHEMA, NF4Tensors
 from ladder_kernels.panels import panel_linear
 from ladder_kernels.workspace import Workspace
 
-_INSTEAD = "the NF4 backbone is frozen and runs forward only: call it under torch.no_grad()"
+_INSTEAD = "call it under torch.no_grad(), or frozen_linear where gradients shall pass through to x"
 
 
 def _plan(x: Tensor, rows: int, nf4: NF4Tensors, half_precision: bool = False) -> LinearPlan | GpuLinearPlan:

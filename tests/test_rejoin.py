@@ -106,6 +106,35 @@ def test_streamed_layers_give_the_same_gradients(residency: str) -> None:
         assert_same_bits(name, gradient, expected[name])
 
 
+@pytest.mark.parametrize("prefetch", [1, 2])
+def test_streamed_layers_are_there_before_backward_asks_for_them(prefetch: int) -> None:
+    placed = load_backbone(checkpoint_folder(), dtype=torch.float32, residency="host", prefetch=prefetch)
+    model, ids = trained(ladder_model("ladder", placed, rejoin=0.75)), batch(1, 21)
+    layers, asked = placed.layers, []
+    stock = layers.on_device
+
+    def noting(index: int, then: Any = None) -> Any:
+        asked.append((index, index in layers._holds))
+        return stock(index, then)
+
+    for _ in range(2):
+        asked.clear()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(layers, "on_device", noting)
+            model(ids, labels=ids).loss.backward()
+    assert asked == [(index, True) for index in (0, 1, 2, 3, 3, 2, 1)]
+
+
+def test_a_cache_and_gradients_and_streamed_layers_at_once_are_refused() -> None:
+    """The weights that backward reads would be gone."""
+    placed = load_backbone(checkpoint_folder(), dtype=torch.float32, residency="host")
+    model = trained(ladder_model("ladder", placed, rejoin=0.5))
+    with pytest.raises(ValueError, match=r"use_cache with streamed layers: .*under torch.no_grad"):
+        model(batch(1, 5), use_cache=True)
+    with torch.no_grad():
+        model(batch(1, 5), use_cache=True)
+
+
 def test_slices_of_rows_give_the_same_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engine.backbone.chunks.MIN_CHUNK_TOKENS", 128)
     ids, model = batch(1, 300), model_of()

@@ -189,11 +189,16 @@ class Backbone:
             first: from 0 to L.
             layout: documents of the T rows, as of the pass that has computed the states below.
             cache: of that pass, extended in place at layers first .. L-1.
+
+        Raises:
+            ValueError: a gradient is wanted of what fills a cache, through layers that are streamed and would be gone.
         """
+        if cache is not None and wants_gradient(hidden) and self.layers.num_streamed:
+            raise ValueError("use_cache with streamed layers: expected no gradients, call this under torch.no_grad()")
         tables = self.rotary(layout.positions)
         for index in range(first, len(self.blocks)):
             if cache is None and wants_gradient(hidden):
-                hidden = _BlockAbove.apply(hidden, *tables, self, index, layout)
+                hidden = _BlockAbove.apply(hidden, *tables, self, index, first, layout)
             else:
                 with self.layers.on_device(index) as block:
                     hidden = self._run_block(block, index, hidden, tables, layout, cache)
@@ -215,6 +220,7 @@ class Backbone:
     def _block_gradient(
         self,
         dout: Tensor,
+        block: Block,
         index: int,
         hidden: Tensor,
         tables: tuple[Tensor, Tensor],
@@ -227,13 +233,12 @@ class Backbone:
                 middle = middle.detach().requires_grad_()
                 return torch.autograd.grad(self._mlp(block, middle), middle, dout)
 
-        with self.layers.on_device(index) as block:
-            with torch.enable_grad():
-                hidden = hidden.detach().requires_grad_()
-                middle = self._attention(block, index, hidden, tables, layout, None)
-            bytes_per_token = gradient_bytes_per_token(self.config, hidden.element_size())
-            (dmiddle,) = by_rows(through_mlp, (middle.detach(), dout), bytes_per_token)
-            return torch.autograd.grad(middle, hidden, dmiddle)[0]
+        with torch.enable_grad():
+            hidden = hidden.detach().requires_grad_()
+            middle = self._attention(block, index, hidden, tables, layout, None)
+        bytes_per_token = gradient_bytes_per_token(self.config, hidden.element_size())
+        (dmiddle,) = by_rows(through_mlp, (middle.detach(), dout), bytes_per_token)
+        return torch.autograd.grad(middle, hidden, dmiddle)[0]
 
     def _few_rows(
         self,
@@ -348,21 +353,34 @@ def gradient_bytes_per_token(config: BackboneConfig, itemsize: int) -> int:
 
 
 class _BlockAbove(torch.autograd.Function):
-    """A frozen block that keeps its input only."""
+    """A frozen block that keeps its input only.
+
+    Behind the last block the same ones come again from the top down to `first`, then those of the next pass.
+    """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, cos: Tensor, sin: Tensor, backbone: Backbone, index: int, layout: SequenceLayout
+        ctx: Any,
+        hidden: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        backbone: Backbone,
+        index: int,
+        first: int,
+        layout: SequenceLayout,
     ) -> Tensor:
         ctx.save_for_backward(hidden, cos, sin)
-        ctx.call = backbone, index, layout
-        with backbone.layers.on_device(index) as block:
+        ctx.call = backbone, index, first, layout
+        down = range(len(backbone.blocks) - 1, first - 1, -1)
+        with backbone.layers.on_device(index, down if index == down[0] else None) as block:
             return backbone._run_block(block, index, hidden, (cos, sin), layout, None)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        (hidden, cos, sin), (backbone, index, layout) = ctx.saved_tensors, ctx.call
+        (hidden, cos, sin), (backbone, index, first, layout) = ctx.saved_tensors, ctx.call
+        then = (*range(index - 1, first - 1, -1), *range(first))
         # As the forward pass ran, wherever backward() is called: autocast would give its products other dtypes.
-        with torch.autocast(dout.device.type, enabled=False):
-            return backbone._block_gradient(dout, index, hidden, (cos, sin), layout), None, None, None, None, None
+        with torch.autocast(dout.device.type, enabled=False), backbone.layers.on_device(index, then) as block:
+            dhidden = backbone._block_gradient(dout, block, index, hidden, (cos, sin), layout)
+        return dhidden, None, None, None, None, None, None

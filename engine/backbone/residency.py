@@ -166,7 +166,7 @@ class Layers:
         self.prefetch = prefetch
         self._pin_memory = pin_memory
         streamed = sorted(self._buffers)
-        ahead = min(prefetch, len(streamed))
+        self._ahead = ahead = min(prefetch, len(streamed))
         after = [bisect_right(streamed, index) for index in range(len(self.blocks))]
         self._upcoming = [[streamed[(n + k) % len(streamed)] for k in range(ahead)] for n in after]
         self._stage(device)
@@ -211,11 +211,15 @@ class Layers:
         return sum(buffer.nbytes for buffer in self._buffers.values())
 
     @contextmanager
-    def on_device(self, index: int) -> Iterator[Block]:
+    def on_device(self, index: int, then: Sequence[int] | None = None) -> Iterator[Block]:
         """The block of a layer on the device, to compute with inside the context only.
 
-        On leaving it the layers that follow are fetched: behind the computation, because a copy from memory that is not
-        pinned holds up the host.
+        On leaving it the layers that come next are fetched: behind the computation, because a copy from memory that is
+        not pinned holds up the host.
+
+        Args:
+            index: of the layer.
+            then: which layers will be asked for next, in order; None: those that follow, and then the first ones.
         """
         if index not in self._buffers:
             yield self.blocks[index]
@@ -233,7 +237,10 @@ class Layers:
             finally:
                 self._copier.release(slot)
                 self._unused.append(slot)
-        upcoming = self._upcoming[index]
+        if then is None:
+            upcoming = self._upcoming[index]
+        else:
+            upcoming = [layer for layer in then if layer in self._buffers][: self._ahead]
         for wanted in upcoming:
             if wanted not in self._holds:
                 self._fetch(wanted, [slot for slot in self._unused if self._holds[slot] not in upcoming])
