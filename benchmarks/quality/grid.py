@@ -20,7 +20,7 @@ from benchmarks.quality.methods import find_method
 from benchmarks.quality.rows import Row, Run
 
 EFFORTS = {"hops": 6.0, "hops_steps": 6.0}
-"""Times the middle budget, for tasks of which adapters learn nothing within it: their loss is ln 3, chance, or above."""
+"""Times the middle budget, for tasks of which adapters learn nothing within it: their loss is chance, ln 3, or more."""
 COMPARED = ("qlora_r16", "lora_top_half", "ladder", "xladder", "rejoin")
 """Methods that are tried on every task."""
 SCALED = ("qlora_r16", "ladder", "rejoin")
