@@ -9,10 +9,11 @@ There is no batch dimension: hidden states are [T, D] and a `SequenceLayout` say
 
 from __future__ import annotations
 
+import functools
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,6 +41,14 @@ from ladder_kernels import (
 
 if TYPE_CHECKING:
     from engine.backbone.residency import Layers
+
+
+class _Rows(NamedTuple):
+    """What every block of a pass reads beside hidden states: cos and sin of the rows, their documents, the cache."""
+
+    tables: tuple[Tensor, Tensor]
+    layout: SequenceLayout
+    cache: DynamicCache | None = None
 
 
 class Backbone:
@@ -165,14 +174,14 @@ class Backbone:
             last: number of the last state that is wanted; None for L.
         """
         with torch.no_grad():
-            tables = self.rotary(layout.positions)
+            rows = _Rows(self.rotary(layout.positions), layout, cache)
             hidden = self.embed(input_ids)
         yield 0, hidden
         for index in range(len(self.blocks) if last is None else last):
             with torch.no_grad(), self.layers.on_device(index) as block:
-                out = self._few_rows(block, index, hidden, tables, layout, cache)
+                out = self._few_rows(block, index, hidden, rows)
                 if out is None:
-                    hidden = self._attention(block, index, hidden, tables, layout, cache)  # h_index is freed
+                    hidden = self._attention(block, index, hidden, rows)  # h_index is freed
                     out = self._mlp(block, hidden)
                 hidden = out
             yield index + 1, hidden
@@ -195,37 +204,21 @@ class Backbone:
         """
         if cache is not None and wants_gradient(hidden) and self.layers.num_streamed:
             raise ValueError("use_cache with streamed layers: expected no gradients, call this under torch.no_grad()")
-        tables = self.rotary(layout.positions)
+        rows = _Rows(self.rotary(layout.positions), layout, cache)
         for index in range(first, len(self.blocks)):
             if cache is None and wants_gradient(hidden):
-                hidden = _BlockAbove.apply(hidden, *tables, self, index, first, layout)
+                hidden = _BlockAbove.apply(hidden, self, index, first, rows)
             else:
                 with self.layers.on_device(index) as block:
-                    hidden = self._run_block(block, index, hidden, tables, layout, cache)
+                    hidden = self._run_block(block, index, hidden, rows)
         return hidden
 
-    def _run_block(
-        self,
-        block: Block,
-        index: int,
-        hidden: Tensor,
-        tables: tuple[Tensor, Tensor],
-        layout: SequenceLayout,
-        cache: DynamicCache | None,
-    ) -> Tensor:
+    def _run_block(self, block: Block, index: int, hidden: Tensor, rows: _Rows) -> Tensor:
         """h_{index + 1} of h_index."""
-        out = None if wants_gradient(hidden) else self._few_rows(block, index, hidden, tables, layout, cache)
-        return self._mlp(block, self._attention(block, index, hidden, tables, layout, cache)) if out is None else out
+        out = self._few_rows(block, index, hidden, rows)
+        return self._mlp(block, self._attention(block, index, hidden, rows)) if out is None else out
 
-    def _block_gradient(
-        self,
-        dout: Tensor,
-        block: Block,
-        index: int,
-        hidden: Tensor,
-        tables: tuple[Tensor, Tensor],
-        layout: SequenceLayout,
-    ) -> Tensor:
+    def _block_gradient(self, dout: Tensor, block: Block, index: int, hidden: Tensor, rows: _Rows) -> Tensor:
         """Gradient of h_index [T, D] from that of h_{index + 1}: the MLP in slices of rows, then the attention."""
 
         def through_mlp(middle: Tensor, dout: Tensor) -> tuple[Tensor, ...]:
@@ -235,39 +228,24 @@ class Backbone:
 
         with torch.enable_grad():
             hidden = hidden.detach().requires_grad_()
-            middle = self._attention(block, index, hidden, tables, layout, None)
+            middle = self._attention(block, index, hidden, rows)
         bytes_per_token = gradient_bytes_per_token(self.config, hidden.element_size())
         (dmiddle,) = by_rows(through_mlp, (middle.detach(), dout), bytes_per_token)
         return torch.autograd.grad(middle, hidden, dmiddle)[0]
 
-    def _few_rows(
-        self,
-        block: Block,
-        index: int,
-        hidden: Tensor,
-        tables: tuple[Tensor, Tensor],
-        layout: SequenceLayout,
-        cache: DynamicCache | None,
-    ) -> Tensor | None:
+    def _few_rows(self, block: Block, index: int, hidden: Tensor, rows: _Rows) -> Tensor | None:
         """What `_attention` and `_mlp` compute, to the bit, from two native calls; None where these do not apply."""
         if block.packed is None:
             return None
-        config = self.config
+        attend = self._attend(index, rows)
+        return block.packed(hidden, *rows.tables, self.config.rms_norm_eps, attend, workspace=self._workspace)
 
-        def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-            return attention(query, key, value, layout, window=config.layer_windows[index], cache=cache, layer=index)
+    def _attend(self, index: int, rows: _Rows) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """The attention of a block, of rotated query, key and value."""
+        window = self.config.layer_windows[index]
+        return functools.partial(attention, layout=rows.layout, window=window, cache=rows.cache, layer=index)
 
-        return block.packed(hidden, *tables, config.rms_norm_eps, attend, workspace=self._workspace)
-
-    def _attention(
-        self,
-        block: Block,
-        index: int,
-        hidden: Tensor,
-        tables: tuple[Tensor, Tensor],
-        layout: SequenceLayout,
-        cache: DynamicCache | None,
-    ) -> Tensor:
+    def _attention(self, block: Block, index: int, hidden: Tensor, rows: _Rows) -> Tensor:
         """hidden + W_o attention(x), x the normed hidden states."""
         config, itemsize = self.config, hidden.element_size()
         mixed_width, heads = config.num_heads * config.head_dim, config.num_heads + 2 * config.num_kv_heads
@@ -279,8 +257,8 @@ class Backbone:
             return (block.output(mixed, self._workspace, hidden),)
 
         projected_bytes = (config.hidden_size + 2 * heads * config.head_dim) * itemsize
-        query, key, value = by_rows(project, (hidden, *tables), projected_bytes)
-        mixed = attention(query, key, value, layout, window=config.layer_windows[index], cache=cache, layer=index)
+        query, key, value = by_rows(project, (hidden, *rows.tables), projected_bytes)
+        mixed = self._attend(index, rows)(query, key, value)
         del query, key, value
         return by_rows(add, (mixed, hidden), (mixed_width + config.hidden_size) * itemsize)[0]
 
@@ -359,28 +337,19 @@ class _BlockAbove(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        backbone: Backbone,
-        index: int,
-        first: int,
-        layout: SequenceLayout,
-    ) -> Tensor:
-        ctx.save_for_backward(hidden, cos, sin)
-        ctx.call = backbone, index, first, layout
+    def forward(ctx: Any, hidden: Tensor, backbone: Backbone, index: int, first: int, rows: _Rows) -> Tensor:
+        ctx.save_for_backward(hidden)
+        ctx.call = backbone, index, first, rows
         down = range(len(backbone.blocks) - 1, first - 1, -1)
         with backbone.layers.on_device(index, down if index == down[0] else None) as block:
-            return backbone._run_block(block, index, hidden, (cos, sin), layout, None)
+            return backbone._run_block(block, index, hidden, rows)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
-        (hidden, cos, sin), (backbone, index, first, layout) = ctx.saved_tensors, ctx.call
+        (hidden,), (backbone, index, first, rows) = ctx.saved_tensors, ctx.call
         then = (*range(index - 1, first - 1, -1), *range(first))
         # As the forward pass ran, wherever backward() is called: autocast would give its products other dtypes.
         with torch.autocast(dout.device.type, enabled=False), backbone.layers.on_device(index, then) as block:
-            dhidden = backbone._block_gradient(dout, block, index, hidden, (cos, sin), layout)
-        return dhidden, None, None, None, None, None, None
+            dhidden = backbone._block_gradient(dout, block, index, hidden, rows)
+        return dhidden, None, None, None, None
