@@ -13,8 +13,8 @@ computed 260 on an RTX 3060 and 600 on a 4070.
 
 from __future__ import annotations
 
+import itertools
 import weakref
-from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, fields
@@ -165,10 +165,6 @@ class Layers:
         self._buffers = dict(buffers or {})
         self.prefetch = prefetch
         self._pin_memory = pin_memory
-        streamed = sorted(self._buffers)
-        self._ahead = ahead = min(prefetch, len(streamed))
-        after = [bisect_right(streamed, index) for index in range(len(self.blocks))]
-        self._upcoming = [[streamed[(n + k) % len(streamed)] for k in range(ahead)] for n in after]
         self._stage(device)
 
     def _stage(self, device: torch.device) -> None:
@@ -237,10 +233,8 @@ class Layers:
             finally:
                 self._copier.release(slot)
                 self._unused.append(slot)
-        if then is None:
-            upcoming = self._upcoming[index]
-        else:
-            upcoming = [layer for layer in then if layer in self._buffers][: self._ahead]
+        order = itertools.chain(range(index + 1, len(self.blocks)), range(index + 1)) if then is None else then
+        upcoming = list(itertools.islice((layer for layer in order if layer in self._buffers), self.prefetch))
         for wanted in upcoming:
             if wanted not in self._holds:
                 self._fetch(wanted, [slot for slot in self._unused if self._holds[slot] not in upcoming])
