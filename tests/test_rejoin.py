@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import weakref
 from typing import Any
 
 import pytest
@@ -10,6 +9,7 @@ import torch
 from ladders import batch, checkpoint_folder, ladder_model, tiny_backbone, trained
 from numerics import assert_close_to_truth, assert_same_bits
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from engine.backbone import load_backbone
 from engine.config import LadderConfig
@@ -214,24 +214,26 @@ def test_networks_that_join_at_different_blocks_share_a_pass() -> None:
             assert_same_bits(name, found[index][name], gradient)
 
 
-def test_states_above_are_freed_as_backward_passes() -> None:
+def test_states_above_are_freed_as_backward_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """When a gradient passes block i, the inputs of the blocks above it are gone."""
     backbone, ids = tiny_backbone(), batch(1, 11)
-    layout = SequenceLayout.packed([11])
     hidden = backbone.embed(ids[0]).requires_grad_()
-    inputs: list[weakref.ref[Tensor]] = []
-    stock = backbone._run_block
+    inputs: list[StorageWeakRef] = []
+    gone: list[list[bool]] = []
+    run, back = backbone._run_block, backbone._block_gradient
 
-    def noting(block: Any, index: int, hidden: Tensor, *rest: Any) -> Tensor:
-        inputs.append(weakref.ref(hidden.untyped_storage()))
-        return stock(block, index, hidden, *rest)
+    def noting(block: Any, index: int, hidden: Tensor, rows: Any) -> Tensor:
+        inputs.append(StorageWeakRef(hidden.untyped_storage()))
+        return run(block, index, hidden, rows)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backbone, "_run_block", noting)
-        out = backbone.run_above(hidden, 1, layout)
-    (dhidden,) = torch.autograd.grad(out.square().sum(), hidden)
-    del out
-    assert dhidden.shape == hidden.shape and len(inputs) == backbone.config.num_layers - 1
-    assert [storage() is None for storage in inputs[1:]] == [True] * (len(inputs) - 1)
+    def looking(dout: Tensor, *rest: Any) -> Tensor:
+        gone.append([storage.expired() for storage in inputs])
+        return back(dout, *rest)
+
+    monkeypatch.setattr(backbone, "_run_block", noting)
+    monkeypatch.setattr(backbone, "_block_gradient", looking)
+    torch.autograd.grad(backbone.run_above(hidden, 1, SequenceLayout.packed([11])).square().sum(), hidden)
+    assert gone == [[False, False, False], [False, False, True], [False, True, True]]
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.5, True, "half", float("nan")])
