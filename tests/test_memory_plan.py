@@ -15,6 +15,7 @@ from checkpoints import tiny_checkpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_long_context import LiveBytes
+from transformers import Qwen3Config
 from typer.testing import CliRunner
 
 from benchmarks.models import random_backbone
@@ -84,6 +85,26 @@ def test_the_plan_is_what_the_tracker_counts(
         assert plan.phases["loss"]["taps"] - in_flight == tracker.peaks["loss"].parts["taps"]
     kept_on_host = plan.host["streamed layers"] + plan.host["embedding"] + plan.host["taps"]
     assert kept_on_host == pytest.approx(max(peak.host_bytes for peak in tracker.peaks.values()), rel=0.05)
+
+
+@pytest.mark.parametrize("tokens", [700, 2048])
+def test_the_plan_of_heads_with_norms_is_what_the_tracker_counts(tokens: int) -> None:
+    """Gradients that come through them need the heads before their norms, and a slice in fp32; within 5 %."""
+    hf_config = Qwen3Config(
+        hidden_size=1024,
+        intermediate_size=3072,
+        num_hidden_layers=4,
+        num_attention_heads=16,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=8192,
+        tie_word_embeddings=False,
+    )
+    config = LadderConfig.preset("rejoin", reduction_factor=8)
+    tracker = track_ladder(hf_config, config, tokens)
+    plan = plan_memory(backbone_config(hf_config), config, Workload(tokens))
+    for phase in ("backbone pass", "side forward", "loss", "backward", "optimizer"):
+        assert plan.phase_bytes(phase) == pytest.approx(tracker.peaks[phase].device_bytes, rel=0.05), phase
 
 
 @pytest.mark.parametrize(

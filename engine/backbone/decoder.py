@@ -270,13 +270,15 @@ class Backbone:
         key = block.key(x, self._workspace).unflatten(-1, (config.num_kv_heads, config.head_dim))
         value = block.value(x, self._workspace).unflatten(-1, (config.num_kv_heads, config.head_dim))
         if block.query_norm is not None and block.key_norm is not None:
-            query = rms_norm(query, block.query_norm, config.rms_norm_eps)
-            key = rms_norm(key, block.key_norm, config.rms_norm_eps)
+            query, key = self._norm(query, block.query_norm), self._norm(key, block.key_norm)
         return rotary(query, cos, sin), rotary(key, cos, sin), value
 
-    def _norm(self, hidden: Tensor, weight: Tensor) -> Tensor:
-        norm = frozen_rms_norm if wants_gradient(hidden) else rms_norm
-        return norm(hidden, weight, self.config.rms_norm_eps)
+    def _norm(self, x: Tensor, weight: Tensor) -> Tensor:
+        """RMSNorm over the last dimension; for a gradient it keeps x alone."""
+        epsilon = self.config.rms_norm_eps
+        if wants_gradient(x):
+            return frozen_rms_norm(x.flatten(0, -2), weight, epsilon).view_as(x)
+        return rms_norm(x, weight, epsilon)
 
     def _mlp(self, block: Block, hidden: Tensor) -> Tensor:
         """hidden + W_down(silu(W_gate x) * W_up x), in the memory of hidden where that is long."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from engine.backbone.chunks import chunk_tokens
 from engine.backbone.decoder import gradient_bytes_per_token
 from engine.backbone.families import BackboneConfig
+from ladder_kernels.frozen_norm import slice_rows
 
 
 def forward_bytes(backbone: BackboneConfig, rows: int, itemsize: int, is_input_kept: bool, has_kernels: bool) -> int:
@@ -30,11 +31,18 @@ def forward_bytes(backbone: BackboneConfig, rows: int, itemsize: int, is_input_k
 def gradient_bytes(backbone: BackboneConfig, rows: int, itemsize: int) -> int:
     """Activations of one block computed again for a gradient that passes through it, at the worst moment.
 
-    All rows have rotated heads, what the attention mixed, its sum with the input, and two gradients. Rows of a slice
-    have six of the MLP's width, or four beside a decoded matrix: gate, up and silu, and the gradients of their product.
+    All rows have rotated heads, what the attention mixed, its sum with the input and two gradients; where heads have
+    norms, also the heads before them. Beside that comes the MLP, or a slice of such a norm at 26 bytes a number. Rows of
+    a slice of the MLP have six of its width, or four beside a decoded matrix: gate, up, silu, and the gradients of their
+    product.
     """
     width, inner = backbone.hidden_size, backbone.intermediate_size
     queries, keys = backbone.num_heads * backbone.head_dim, backbone.num_kv_heads * backbone.head_dim
     size = chunk_tokens(rows, gradient_bytes_per_token(backbone, itemsize))
     mlp = size * width + max(6 * size * inner, 4 * size * inner + width * inner)
-    return itemsize * (rows * (2 * queries + 2 * keys + 3 * width + 2 * backbone.head_dim) + mlp)
+    normed, norms = 0, 0
+    if backbone.qk_norm:
+        normed = queries + keys
+        norms = 26 * min(rows * backbone.num_heads, slice_rows(backbone.head_dim)) * backbone.head_dim
+    kept = rows * (2 * queries + 2 * keys + normed + 3 * width + 2 * backbone.head_dim)
+    return itemsize * kept + max(itemsize * mlp, norms)
