@@ -32,8 +32,8 @@ def ragged_data() -> TokenizedDataset:
     return TokenizedDataset(samples)
 
 
-@pytest.mark.parametrize("preset", ["xladder", "lst", "rejoin"])
-def test_losses_are_those_of_plain_models(preset: str) -> None:
+@pytest.mark.parametrize(("preset", "difference"), [("xladder", 1e-2), ("lst", 1e-2), ("rejoin", 5e-3)])
+def test_losses_are_those_of_plain_models(preset: str, difference: float) -> None:
     """Document by document: transformers in fp64 for the backbone, logits in fp64 for the side network."""
     data = ragged_data()
     model = trained(ladder_model(preset, tiny_backbone(quantize=False)))
@@ -49,7 +49,7 @@ def test_losses_are_those_of_plain_models(preset: str) -> None:
     assert (found.samples, found.supervised_tokens) == (5, count)
     assert found.loss == pytest.approx(float(sums[0]) / count, rel=1e-5)
     assert found.backbone_loss == pytest.approx(float(sums[1]) / count, rel=1e-5)
-    assert found.loss != pytest.approx(found.backbone_loss, rel=1e-3)
+    assert found.loss != pytest.approx(found.backbone_loss, rel=difference)
     assert found.perplexity == math.exp(found.loss) and found.backbone_perplexity == math.exp(found.backbone_loss)
 
 
