@@ -32,9 +32,9 @@ def gradient_bytes(backbone: BackboneConfig, rows: int, itemsize: int) -> int:
     """Activations of one block computed again for a gradient that passes through it, at the worst moment.
 
     All rows have rotated heads, what the attention mixed, its sum with the input and two gradients; where heads have
-    norms, also the heads before them. Beside that comes the MLP, or a slice of such a norm at 26 bytes a number. Rows of
-    a slice of the MLP have six of its width, or four beside a decoded matrix: gate, up, silu, and the gradients of their
-    product.
+    norms, also the heads before them. Beside that comes the MLP, or a slice of such a norm at 26 bytes a number. Rows
+    of a slice of the MLP have six of its width, or four beside a decoded matrix: gate, up, silu, and the gradients of
+    their product.
     """
     width, inner = backbone.hidden_size, backbone.intermediate_size
     queries, keys = backbone.num_heads * backbone.head_dim, backbone.num_kv_heads * backbone.head_dim
