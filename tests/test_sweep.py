@@ -4,26 +4,21 @@ from __future__ import annotations
 
 import gc
 import json
-import os
-import shutil
-import signal
 import threading
-import time
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
 from ladders import batch, ladder_model
+from sweeps import NAMES, ROWS, SWEEP, TEXTS, StopAt, alone, arguments, assert_same_bits, trainer
 from torch import Tensor
 from transformers import TrainerCallback
 
-from engine import LadderArguments, LadderConfig, LadderForCausalLM, LadderTrainer
+from engine import LadderConfig, LadderForCausalLM, LadderTrainer
 from engine.backbone import Backbone
-from engine.checkpoints import store
-from engine.checkpoints.store import CheckpointError
 from engine.model.tap_store import _HostCopy
 from engine.training.guards import DivergedError
 from engine.training.lockstep import Lockstep
@@ -31,83 +26,6 @@ from engine.training.out_of_memory import TrainingMemoryError
 from engine.training.sweep_entries import cartesian, sweep_entries
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-ROWS = [{"input_ids": list(range(n, n + 8 + n % 7)), "labels": list(range(n, n + 8 + n % 7))} for n in range(24)]
-TEXTS = [{"prompt": "q" * (1 + n % 5), "completion": "ab" * (1 + (7 * n) % 11)} for n in range(24)]
-SWEEP: list[dict[str, Any]] = [
-    {"name": "base"},
-    {"learning_rate": 3e-2, "lr_scheduler_type": "linear", "weight_decay": 0.1},
-    {"preset": "xladder", "seed": 3, "max_grad_norm": 0.1},
-    {"preset": "qst", "reduction_factor": 4, "optim": "sgd"},
-]
-NAMES = [
-    "base",
-    "1-learning_rate=0.03,lr_scheduler_type=linear,weight_decay=0.1",
-    "2-preset=xladder,seed=3,max_grad_norm=0.1",
-    "3-preset=qst,reduction_factor=4,optim=sgd",
-]
-TIMES = {"tokens_per_second", "peak_memory_mib"}
-
-
-def arguments(folder: Path, **options: Any) -> LadderArguments:
-    settings = {"max_steps": 4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "logging_steps": 1}
-    settings |= {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "no", "warmup_steps": 1}
-    settings |= {"use_cpu": True, "disable_tqdm": True}
-    return LadderArguments(output_dir=str(folder), **(settings | options))
-
-
-def trainer(
-    folder: Path, sweep: list[dict[str, Any]] | None = SWEEP, data: Any = ROWS, callbacks: Any = None, **options: Any
-) -> LadderTrainer:
-    group_tokens = options.pop("group_tokens", None)
-    made = LadderTrainer(
-        ladder_model(),
-        arguments(folder, **options),
-        train_dataset=data,
-        eval_dataset=data[:5],
-        callbacks=callbacks,
-        sweep=sweep,
-    )
-    made.group_tokens = group_tokens
-    return made
-
-
-def alone(folder: Path, number: int, **options: Any) -> LadderTrainer:
-    """A member of the sweep as somebody would train it without one."""
-    settings = {key: value for key, value in SWEEP[number].items() if key != "name"}
-    config = {key: settings.pop(key) for key in ("seed", "reduction_factor") if key in settings}
-    model = ladder_model(settings.pop("preset", "ladder"), **config)
-    data, group_tokens = options.pop("data", ROWS), options.pop("group_tokens", None)
-    callbacks = options.pop("callbacks", None)
-    args = arguments(folder, **(options | settings))
-    made = LadderTrainer(model, args, train_dataset=data, eval_dataset=data[:5], callbacks=callbacks)
-    made.group_tokens = group_tokens
-    return made
-
-
-def assert_same_bits(member: LadderTrainer, by_itself: LadderTrainer, resumed: bool = False) -> None:
-    """Weights, optimizer, schedule and everything that was logged but times, and the mean that a resume starts anew."""
-    ours, theirs = member.model.state_dict(), by_itself.model.state_dict()
-    assert ours.keys() == theirs.keys()
-    for name, weight in theirs.items():
-        assert torch.equal(ours[name], weight), name
-    states = [made.optimizer.state_dict()["state"] for made in (member, by_itself)]
-    assert states[0].keys() == states[1].keys()
-    for index, state in states[1].items():
-        assert all(torch.equal(torch.as_tensor(states[0][index][key]), torch.as_tensor(state[key])) for key in state)
-    assert member.lr_scheduler.state_dict() == by_itself.lr_scheduler.state_dict()
-    lines = [logged(made) for made in (member, by_itself)]
-    if resumed:
-        lines = [[line for line in of_one if "train_loss" not in line] for of_one in lines]
-    assert lines[0] == lines[1]
-
-
-def logged(made: LadderTrainer) -> list[dict[str, Any]]:
-    lines = made.state.log_history
-    return [
-        {k: v for k, v in line.items() if k not in TIMES and "runtime" not in k and "per_second" not in k}
-        for line in lines
-    ]
 
 
 @pytest.fixture
@@ -227,20 +145,6 @@ def test_hidden_states_on_the_host_are_copied_once(monkeypatch: pytest.MonkeyPat
     assert all(torch.equal(gradients[1][name], value) for name, value in gradients[0].items() if value is not None)
 
 
-class StopAt(TrainerCallback):
-    """Stops the member with one learning rate after a step; or sends a signal there."""
-
-    def __init__(self, step: int, learning_rate: float, number: signal.Signals | None = None) -> None:
-        self.step, self.learning_rate, self.number = step, learning_rate, number
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == self.step and args.learning_rate == self.learning_rate:
-            if self.number is None:
-                control.should_training_stop = True
-            else:
-                os.kill(os.getpid(), self.number)
-
-
 def test_one_stops_early_and_the_others_go_on(tmp_path: Path, passes: list[int]) -> None:
     made = trainer(tmp_path / "sweep", callbacks=[StopAt(1, 3e-2)])
     made.train()
@@ -289,88 +193,6 @@ def test_other_errors_are_not_hidden_behind_the_others(tmp_path: Path) -> None:
     with pytest.raises(KeyError, match="of a callback"):
         made.train()
     assert made.sweep.members[0].state.global_step == 4 and (tmp_path / "sweep.json").exists()
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
-def test_a_signal_saves_all_at_one_step_and_they_resume_to_the_bit(tmp_path: Path, number: signal.Signals) -> None:
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    options = {"max_steps": 6, "save_strategy": "steps", "save_steps": 5, "eval_steps": 3}
-    stops = StopAt(1, 3e-3 if number == signal.SIGTERM else 3e-2)
-    sends = StopAt(2, stops.learning_rate, number)  # who has stopped does not send
-    sends.learning_rate = 3e-2 if number == signal.SIGTERM else 3e-3
-    sweep = [SWEEP[0], SWEEP[1], SWEEP[2] | {"learning_rate": 1e-3}]
-    try:
-        made = trainer(tmp_path / "sweep", sweep, callbacks=[stops, sends], **options)
-        with pytest.raises(SystemExit) as left:
-            made.train()
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert left.value.code == 128 + number
-    ended = [member.state.global_step for member in made.sweep.members]
-    saved = ended[2]
-    assert saved in (2, 3) and sorted(ended) == [1, saved, saved]
-    again = trainer(tmp_path / "sweep", sweep, callbacks=[stops], **options)
-    outputs = again.train(resume_from_checkpoint=True)
-    assert len(outputs) == 2, "who had ended stays ended"
-    whole = trainer(tmp_path / "whole", sweep, callbacks=[stops], **options)
-    whole.train()
-    for member, expected, steps in zip(again.sweep.members, whole.sweep.members, ended, strict=True):
-        if steps > 1:
-            assert_same_bits(member, expected, resumed=True)
-        for name, weight in member.model.state_dict().items():
-            assert torch.equal(weight, expected.model.state_dict()[name]), name
-    for ours, theirs in zip(again.sweep.results, whole.sweep.results, strict=True):
-        assert (ours.steps, ours.loss, ours.eval_loss) == (theirs.steps, theirs.loss, theirs.eval_loss)
-
-
-def test_a_second_interrupt_leaves_at_once(tmp_path: Path) -> None:
-    class Twice(TrainerCallback):
-        def on_substep_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            if state.global_step == 1 and args.learning_rate == 3e-2:
-                for _ in range(2):
-                    os.kill(os.getpid(), signal.SIGINT)
-                    time.sleep(0.1)  # two that come at once are one to Python
-
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        made = trainer(tmp_path, callbacks=[Twice()], save_strategy="steps", save_steps=9)
-        with pytest.raises(SystemExit) as left:
-            made.train()
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert left.value.code == 130 and not list(tmp_path.glob("*/checkpoint-*"))
-    assert not list(tmp_path.glob("sweep.json"))
-    made.evaluate()  # nothing waits for the others any more
-
-
-def test_members_resume_from_the_newest_whole_step_of_all(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    options = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "no", "save_total_limit": 4}
-    made = trainer(tmp_path, SWEEP[:2], **options)
-    made.train()
-    folders = [tmp_path / name for name in NAMES[:2]]
-    for folder in folders:
-        (folder / "member.json").unlink()  # as if both had been killed
-    (folders[0] / "checkpoint-4" / "ladder.safetensors").unlink()
-    weights = folders[1] / "checkpoint-3" / "ladder.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-1])
-    again = trainer(tmp_path, SWEEP[:2], **options)
-    again.train(resume_from_checkpoint=True)
-    assert "step 3 is not resumed" in caplog.text and "it was cut off" in caplog.text
-    for member, expected in zip(again.sweep.members, made.sweep.members, strict=True):
-        assert_same_bits(member, expected, resumed=True)
-    (folders[0] / "member.json").write_text("{")
-    with pytest.raises(CheckpointError, match=r"member\.json: cannot be read .*delete it to resume"):
-        trainer(tmp_path, SWEEP[:2], **options).train(resume_from_checkpoint=True)
-    for folder in folders:
-        (folder / "member.json").unlink()
-    for step, checkpoint in store.checkpoints(folders[0]):
-        os.rename(checkpoint, folders[0] / f"checkpoint-{step + 10}")
-    with pytest.raises(
-        CheckpointError, match=r"no step in common .*base: \[11, 12, 13, 14\]; 1-learning_rate.*: \[1, 2"
-    ):
-        trainer(tmp_path, SWEEP[:2], **options).train(resume_from_checkpoint=True)
-    with pytest.raises(ValueError, match="a sweep resumes all its members: pass True"):
-        trainer(tmp_path, SWEEP[:2], **options).train(resume_from_checkpoint=str(folders[0]))
 
 
 def test_other_batches_are_noticed_and_served_one_by_one(caplog: pytest.LogCaptureFixture, passes: list[int]) -> None:
@@ -468,68 +290,6 @@ def test_a_member_without_a_finite_loss_is_never_the_best(tmp_path: Path) -> Non
     assert without.sweep.best is None
 
 
-def test_resuming_takes_the_sweep_that_saved_last(tmp_path: Path) -> None:
-    """Also where an older one in the same folders had come further."""
-    saves = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "no", "save_total_limit": 9}
-    trainer(tmp_path, SWEEP[:2], **saves).train()
-    options = saves | {"learning_rate": 1e-4}
-    with pytest.raises(SystemExit):
-        trainer(tmp_path, SWEEP[:2], callbacks=[StopAt(2, 1e-4, signal.SIGTERM)], **options).train()
-    expected = trainer(tmp_path / "alone", SWEEP[:2], **options)
-    expected.train()
-    again = trainer(tmp_path, SWEEP[:2], **options)
-    again.train(resume_from_checkpoint=True)
-    for member, one in zip(again.sweep.members, expected.sweep.members, strict=True):
-        assert_same_bits(member, one, resumed=True)
-    trainer(tmp_path / "other", SWEEP[:1], **options).train()
-    shutil.rmtree(tmp_path / "base")
-    os.rename(tmp_path / "other" / "base", tmp_path / "base")
-    for name in NAMES[:2]:
-        (tmp_path / name / "member.json").unlink()
-    with pytest.raises(CheckpointError, match="newest checkpoints are of different sweeps"):
-        trainer(tmp_path, SWEEP[:2], **options).train(resume_from_checkpoint=True)
-
-
-def test_members_that_had_ended_go_on_as_they_were_or_not_at_all(tmp_path: Path) -> None:
-    saves = {"save_strategy": "steps", "save_steps": 1, "eval_strategy": "no"}
-    trainer(tmp_path, SWEEP[:2], **saves).train()
-    changes: list[tuple[dict[str, Any], str]] = [
-        ({"max_steps": 6}, "max_steps was 4 and is 6"),
-        ({"data": ROWS[:10]}, "data was"),
-        ({"warmup_steps": 2}, "warmup_steps was 1 and is 2"),
-    ]
-    for changed, message in changes:
-        with pytest.raises(CheckpointError, match=message):
-            trainer(tmp_path, SWEEP[:2], **(saves | changed)).train(resume_from_checkpoint=True)
-    other = [SWEEP[0], {**SWEEP[1], "name": NAMES[1], "learning_rate": 9e-2}]
-    with pytest.raises(CheckpointError, match=r"learning_rate was 0\.03 and is 0\.09"):
-        trainer(tmp_path, other, **saves).train(resume_from_checkpoint=True)
-    again = trainer(tmp_path, SWEEP[:2], **saves)
-    assert again.train(resume_from_checkpoint=True) == {}
-    assert [result.steps for result in again.sweep.results] == [4, 4]
-
-
-def test_a_second_sweep_in_the_folder_leaves_the_first_as_it_is(tmp_path: Path) -> None:
-    class Second(TrainerCallback):
-        refused: ClassVar[list[str]] = []
-
-        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            def train() -> None:
-                try:
-                    trainer(tmp_path, SWEEP[:1]).train()
-                except ValueError as error:
-                    self.refused.append(str(error))
-
-            if state.global_step == 2 and not self.refused:
-                thread = threading.Thread(target=train)  # a lock is a thread's, as it is a process's
-                thread.start()
-                thread.join()
-
-    trainer(tmp_path, SWEEP[:1], callbacks=[Second()]).train()
-    assert "another training writes here" in Second.refused[0]
-    assert (tmp_path / "base" / "member.json").exists()
-
-
 def test_a_sweep_goes_on_from_the_weights_that_it_is_given(tmp_path: Path) -> None:
     """And with what is frozen there; another configuration is another network."""
     model = ladder_model()
@@ -564,28 +324,3 @@ def test_callbacks_are_copied_to_every_member(tmp_path: Path) -> None:
     held.lock = threading.Lock()
     with pytest.raises(ValueError, match="a copy of each callback, and Recorder cannot be copied"):
         trainer(tmp_path, SWEEP[:2], callbacks=[held])
-
-
-class Raises(TrainerCallback):
-    """In the second member."""
-
-    def __init__(self, error: BaseException, step: int) -> None:
-        self.error, self.step = error, step
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if args.output_dir.endswith(NAMES[1]) and state.global_step == self.step:
-            raise self.error
-
-
-def test_an_interrupt_in_a_member_stops_all(tmp_path: Path) -> None:
-    made = trainer(tmp_path, SWEEP[:3], callbacks=[Raises(KeyboardInterrupt(), 2)])
-    with pytest.raises(KeyboardInterrupt):
-        made.train()
-    assert [member.state.global_step for member in made.sweep.members] == [2, 2, 1]
-
-
-def test_a_signal_does_not_hide_an_error(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    callbacks = [Raises(KeyError("user bug"), 1), StopAt(2, 3e-3, signal.SIGTERM)]
-    with pytest.raises(SystemExit):
-        trainer(tmp_path, SWEEP[:2], callbacks=callbacks).train()
-    assert f"member {NAMES[1]} ended with an error" in caplog.text and "user bug" in caplog.text
