@@ -20,11 +20,12 @@ from engine.memory.blocks import forward_bytes, gradient_bytes
 from engine.memory.sizes import (
     NF4_BLOCK,
     count,
+    head_bytes,
     int8_bytes,
     layer_bytes,
     layer_tensors,
     meta_side_network,
-    nf4_bytes,
+    moment_bytes,
     side_parameters,
     staged_layer_bytes,
 )
@@ -42,7 +43,6 @@ from ladder_kernels.launch import (
 )
 
 _PLANNED_CARD = (86, 28)  # scratch is planned for an RTX 3060; other cards take less
-_MOMENT_BLOCK = 256  # of 8-bit AdamW (torchao), one fp32 scale each
 
 Bytes = Mapping[str, int]
 
@@ -228,16 +228,13 @@ class StepParts:
         return self.work.itemsize * self.backbone.vocab_size * self.backbone.hidden_size
 
     def head(self) -> int:
-        """The output matrix [V, D]; int8 has a scale for each row."""
+        """The output matrix [V, D]."""
         rows, columns = self.backbone.vocab_size, self.backbone.hidden_size
-        sizes = {"dense": self.table_bytes, "int8": rows * (columns + 4), "nf4": nf4_bytes(rows, columns)}
-        return sizes[self.policies.head_dtype]
+        return head_bytes(rows, columns, self.policies.head_dtype, self.work.itemsize)
 
     def moments(self) -> int:
-        """AdamW's two moments: fp32, or bytes with a scale per 256."""
-        if self.policies.optimizer == "adamw":
-            return 8 * self.trained
-        return 2 * (self.trained + 4 * -(-self.trained // _MOMENT_BLOCK))
+        """Of every trained parameter."""
+        return moment_bytes(self.trained, self.policies.optimizer)
 
     def scratch(self) -> int:
         """Panels of decoded weights and a chunk of logits, kept from step to step."""
@@ -307,8 +304,7 @@ class StepParts:
 
     def at_output(self) -> int:
         """The frozen blocks that the output passes, then the loss."""
-        through = self._block(self.work.rows, is_input_kept=True) if self.blocks_above else 0
-        return max(through, self.loss()[0])
+        return max(self._block(self.work.rows, is_input_kept=True) if self.blocks_above else 0, self.loss()[0])
 
     @property
     def blocks_above(self) -> int:

@@ -15,6 +15,7 @@ from engine.model.side_network import SideNetwork
 from ladder_kernels.reference import ABSMAX_BLOCK, INT8_GROUP
 
 NF4_BLOCK = 64
+_MOMENT_BLOCK = 256  # of 8-bit AdamW (torchao)
 _NF4_TABLES = 4 * (16 + 256 + 1)  # codebook, map of the scales, their offset, fp32
 
 
@@ -27,6 +28,17 @@ def nf4_bytes(rows: int, columns: int) -> int:
 def int8_bytes(rows: int, columns: int) -> int:
     """An int8 matrix with one fp32 scale for each group of 64 columns of a row."""
     return rows * columns + 4 * rows * -(-columns // INT8_GROUP)
+
+
+def head_bytes(rows: int, columns: int, head_dtype: str, itemsize: int) -> int:
+    """An output matrix in the compute dtype ("dense"), as int8 with one fp32 scale for each row, or as NF4."""
+    sizes = {"dense": itemsize * rows * columns, "int8": rows * (columns + 4), "nf4": nf4_bytes(rows, columns)}
+    return sizes[head_dtype]
+
+
+def moment_bytes(trained: int, optimizer: str) -> int:
+    """AdamW's two moments of so many parameters: fp32 ("adamw"), or bytes with one fp32 scale for each 256."""
+    return 8 * trained if optimizer == "adamw" else 2 * (trained + 4 * -(-trained // _MOMENT_BLOCK))
 
 
 @lru_cache(maxsize=64)
