@@ -17,16 +17,18 @@ from checkpoints import tiny_checkpoint
 from benchmarks import __main__ as command_line
 from benchmarks.quality import command
 from benchmarks.quality import run as quality_run
+from benchmarks.quality import training as quality_training
 from benchmarks.quality.figures import COLORS
 from benchmarks.quality.flops import count_flops
-from benchmarks.quality.grid import Grid, best_rate, budget_name, next_run, rates_of
+from benchmarks.quality.grid import Grid, best_rate, budget_name, next_runs, rates_of
 from benchmarks.quality.low_rank import LowRankModel
 from benchmarks.quality.methods import METHODS, find_method
 from benchmarks.quality.rows import FACTS, Row, Run, append_row, drop_torn_line, read_rows
-from benchmarks.quality.run import BATCH, Bench, Samples, run_one, steps_of
+from benchmarks.quality.run import Bench, run_together, steps_of
 from benchmarks.quality.scaling import fit, intervals
 from benchmarks.quality.summary import cells, scalings
 from benchmarks.quality.tasks.samples import Example, Sample, TaskData
+from benchmarks.quality.training import BATCH, Samples
 from engine.backbone import Backbone, load_backbone
 from engine.config import LadderConfig
 from engine.data.collator import Collator
@@ -140,6 +142,22 @@ def test_flops_of_low_rank_adapters(backbone: Backbone, top_blocks: int | None) 
     assert count_flops(model, batch) == expected
 
 
+def test_checkpointing_costs_another_forward_and_changes_no_gradient(backbone: Backbone) -> None:
+    """But for what backward does not ask for again: each block's last product."""
+    config, lengths, gradients, flops = backbone.config, (9, 4, 6), [], []
+    for checkpointing in (False, True):
+        model = LowRankModel(backbone, rank=4, checkpointing=checkpointing)
+        flops.append(count_flops(model, _batch()))
+        model(**_batch())["loss"].backward()
+        gradients.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert gradients[0] and all(torch.equal(*pair) for pair in zip(*gradients, strict=True))
+    adapters = sum(gradient.numel() for gradient in gradients[0])
+    scores = sum(length**2 for length in lengths) * config.num_heads * config.head_dim
+    forward = 2 * sum(lengths) * (config.num_layers * layer_parameters(config) + adapters)
+    forward += 4 * config.num_layers * scores
+    assert 0.8 * forward < flops[1] - flops[0] <= forward
+
+
 @pytest.mark.parametrize("rejoin", [0.0, 0.5])
 def test_flops_of_a_side_network(backbone: Backbone, rejoin: float) -> None:
     """2N for the backbone, and the side network's: forward, again in backward (not taps and side_up), and gradients.
@@ -235,19 +253,43 @@ def test_both_trainers_see_the_same_batches_in_the_same_order(bench: Bench, monk
         if model.training:
             seen.setdefault(type(model).__name__, []).append(inputs["input_ids"].flatten().tolist())
 
-    monkeypatch.setattr(quality_run._Watch, "_count", watched)
+    monkeypatch.setattr(quality_training._Watch, "_count", watched)
     for method in ("qlora_r16", "ladder"):
-        run_one(Run(method, "3.0M", "hops", "steps=4", 1e-3, 5), bench)
+        run_together([Run(method, "3.0M", "hops", "steps=4", 1e-3, 5)], bench)
     first, second = seen.values()
     assert first == second and len(first) == 4
 
 
 def test_a_training_that_diverges_is_a_row_with_an_infinite_loss(bench: Bench, tmp_path: Path) -> None:
-    row = run_one(Run("qlora_r16", "3.0M", "hops", "steps=6", 1e30, 0), bench)
+    (row,) = run_together([Run("qlora_r16", "3.0M", "hops", "steps=6", 1e30, 0)], bench)
     assert row.loss == math.inf and row.accuracy == {}
     append_row(tmp_path / "rows.csv", row)
     assert read_rows(tmp_path / "rows.csv") == [row]
     assert cells([row]) == []
+
+
+@pytest.mark.parametrize("method", ["ladder", "rejoin"])
+def test_learning_rates_of_a_side_network_share_the_passes_of_the_backbone(
+    bench: Bench, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The losses to the bit of each trained alone, one that diverges included; only their times are not known."""
+    runs = [Run(method, "3.0M", "hops", "steps=4", rate, 1) for rate in (1e-3, 1e38, 1e-2)]
+    passes = []
+    hidden_states = Backbone.hidden_states
+
+    def counted(*arguments: Any) -> Any:
+        passes.append(1)
+        return hidden_states(*arguments)
+
+    monkeypatch.setattr(Backbone, "hidden_states", counted)
+    together = run_together(runs, bench)
+    shared = len(passes)
+    alone = [run_together([run], bench) for run in runs]
+    assert [replace(row, facts={}, mark="", seconds=None, cpu_seconds=None) for (row,) in alone] == [
+        replace(row, facts={}, mark="") for row in together
+    ]
+    assert [row.loss == math.inf for row in together] == [False, True, False]
+    assert all(row.seconds for (row,) in alone) and 2 * shared < len(passes)
 
 
 def test_steps_of_a_budget() -> None:
@@ -263,9 +305,13 @@ def test_steps_of_a_budget() -> None:
 def test_the_order_of_a_grid_and_its_choice_of_learning_rates() -> None:
     rows: list[Row] = []
     low, high = rates_of("ladder", 2)
-    while run := next_run(GRID, rows):
-        assert run not in {row.run for row in rows}
-        rows.append(_row(run, 4.0 if run.learning_rate == high else 5.0))
+    sweeps = 0
+    while together := next_runs(GRID, rows):
+        assert not {row.run for row in rows}.intersection(together)
+        assert len({(run.method, run.seed) for run in together}) == 1
+        sweeps += len(together) > 1
+        rows += [_row(run, 4.0 if run.learning_rate == high else 5.0) for run in together]
+    assert sweeps == 4  # of both side networks on both tasks
     runs = [row.run for row in rows]
     assert [run.budget for run in runs[:6]] == [GRID.middle] * 6 and {run.seed for run in runs[:6]} == {0}
     assert len({(run.method, run.learning_rate) for run in runs[:6]}) == 6
@@ -349,13 +395,16 @@ def test_a_fit_needs_three_budgets_and_finite_losses() -> None:
 def test_cells_and_figures_of_a_whole_grid(tmp_path: Path) -> None:
     """Synthetic rows of every stage: all figures are drawn, and the fit at the best size finds what made the rows."""
     rows: list[Row] = []
-    while run := next_run(GRID, rows):
-        flops = float(run.budget[6:]) if run.budget.startswith("flops") else 3e9
-        loss = 2 + 4e3 / flops**0.4 + 0.01 * run.seed + (run.size == "0.8M") * 0.5
-        accuracy = {"hops=1": 0.5, "hops=2": 0.2} if run.task == "hops" else {}
-        rows.append(_row(run, loss, flops, accuracy=accuracy))
+    while runs := next_runs(GRID, rows):
+        for run in runs:
+            flops = float(run.budget[6:]) if run.budget.startswith("flops") else 3e9
+            loss = 2 + 4e3 / flops**0.4 + 0.01 * run.seed + (run.size == "0.8M") * 0.5
+            accuracy = {"hops=1": 0.5, "hops=2": 0.2} if run.task == "hops" else {}
+            seconds = None if len(runs) > 1 else 2.0
+            rows.append(_row(run, loss, flops, accuracy=accuracy, seconds=seconds))
     found = {(cell.method, cell.size, cell.task, cell.budget): cell for cell in cells(rows)}
-    assert found["ladder", "3.0M", "docstring", GRID.middle].seeds == GRID.seeds
+    middle = found["ladder", "3.0M", "docstring", GRID.middle]
+    assert (middle.seeds, middle.seconds) == (GRID.seeds, 2.0)
     scaling = {(one.method, one.task): one for one in scalings(rows)}["ladder", "docstring"]
     assert set(scaling.sizes) == {"3.0M", "0.8M"} and max(scaling.losses) < 3.2
     assert scaling.fit.slope == pytest.approx(0.4, rel=0.2)

@@ -19,10 +19,10 @@ from transformers.utils import logging
 
 from benchmarks.quality.backbones import SHIPPED, SIZES
 from benchmarks.quality.figures import draw_all
-from benchmarks.quality.grid import Grid, next_run
+from benchmarks.quality.grid import Grid, next_runs
 from benchmarks.quality.methods import METHODS, find_method
 from benchmarks.quality.rows import Row, append_row, drop_torn_line, read_rows
-from benchmarks.quality.run import Bench, run_one
+from benchmarks.quality.run import Bench, run_together
 from benchmarks.quality.summary import cells, scalings, table
 from benchmarks.quality.tasks import TASKS
 from benchmarks.results import RESULTS_FOLDER
@@ -80,19 +80,23 @@ def run_grid(grid: Grid, bench: Bench, out: Path, minutes: float | None = None) 
     """
     deadline = None if minutes is None else time.monotonic() + 60 * minutes
     rows = read_rows(out)
-    while run := next_run(grid, rows):
+    while runs := next_runs(grid, rows):
         if deadline is not None and time.monotonic() >= deadline:
             print(f"{minutes:g} minutes are over; the same command goes on from here", flush=True)
             break
-        row = run_one(run, bench)
-        append_row(out, row)
-        rows.append(row)
-        print(
-            f"{run.method} {run.size} {run.task} {run.budget} lr {run.learning_rate:g} seed {run.seed}: "
-            f"loss {row.curve[0][1]:.4f} -> {row.loss:.4f}, {row.steps} steps, {row.seconds:.0f} s",
-            flush=True,
-        )
+        for row in run_together(runs, bench):
+            append_row(out, row)
+            rows.append(row)
+            print(_line(row), flush=True)
     return rows
+
+
+def _line(row: Row) -> str:
+    run, spent = row.run, "in a sweep" if row.seconds is None else f"{row.seconds:.0f} s"
+    return (
+        f"{run.method} {run.size} {run.task} {run.budget} lr {run.learning_rate:g} seed {run.seed}: "
+        f"loss {row.curve[0][1]:.4f} -> {row.loss:.4f}, {row.steps} steps, {spent}"
+    )
 
 
 def write_summary(path: Path, rows: Sequence[Row]) -> None:

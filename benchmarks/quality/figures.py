@@ -24,6 +24,7 @@ from benchmarks.quality.summary import Cell, Scaling, cells, flops_of, scalings
 COLORS = {
     "ladder": "#1b6ca8", "xladder": "#0b3d63", "rejoin": "#2a8c4a", "lst": "#5fa8d3", "qst": "#9ccbe8",
     "qlora_r8": "#c8c8c8", "qlora_r16": "#8a8a8a", "qlora_r64": "#5a5a5a",
+    "qlora_r16_checkpointing": "#2b2b2b",
     "lora_top_half": "#d39b5f", "lora_top_quarter": "#a8651b",
 }  # fmt: skip
 _DPI = 150
@@ -51,7 +52,7 @@ def cost_figure(rows: Sequence[Row]) -> Figure | None:
     first = found[0]
     found = [cell for cell in found if (cell.size, cell.task) == (first.size, first.task)]
     figure, axes = plt.subplots(1, 3, figsize=(14, 4.6), sharey=True)
-    panels: tuple[tuple[str, Callable[[Cell], float]], ...] = (
+    panels: tuple[tuple[str, Callable[[Cell], float | None]], ...] = (
         ("training FLOPs", lambda cell: cell.flops),
         ("peak memory of a step, MiB (hollow: checkpointing)", lambda cell: cell.peak_bytes / 2**20),
         ("seconds of training", lambda cell: cell.seconds),
@@ -147,9 +148,10 @@ def parameters_of(size: str) -> float:
     return float(size.removesuffix("M")) * 1e6
 
 
-def _line(axis: Axes, found: Sequence[Cell], value: Callable[[Cell], float], method: str) -> None:
-    ordered = sorted(found, key=lambda cell: cell.flops)
-    _errorbar(axis, [value(cell) for cell in ordered], ordered, method, method)
+def _line(axis: Axes, found: Sequence[Cell], value: Callable[[Cell], float | None], method: str) -> None:
+    placed = [(place, cell) for cell in found if (place := value(cell)) is not None]
+    placed.sort(key=lambda pair: pair[1].flops)
+    _errorbar(axis, [place for place, _ in placed], [cell for _, cell in placed], method, method)
 
 
 def _errorbar(axis: Axes, places: Sequence[float], found: Sequence[Cell], method: str, label: str) -> None:

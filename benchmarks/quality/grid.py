@@ -8,7 +8,7 @@
     6  as many steps for all instead of as many FLOPs
 
 What is not said to be another one is the first size and the first task. Stages 2 to 6 depend on what was found before:
-`next_run` reads it from the rows, so a grid that was stopped goes on where it was, whatever was done by then.
+`next_runs` reads it from the rows, so a grid that was stopped goes on where it was, whatever was done by then.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from benchmarks.quality.methods import find_method
 from benchmarks.quality.rows import Row, Run
 
 EFFORTS = {"prose": 3.0, "hops": 6.0, "hops_steps": 6.0}
-"""Times the middle budget, for tasks that it is too short for: it is 17 steps of prose, whose documents are longer, and at
-hops adapters learn nothing within it: their loss is chance, ln 3, or more."""
-COMPARED = ("qlora_r16", "lora_top_half", "ladder", "xladder", "rejoin")
+"""Times the middle budget, for tasks that it is too short for: it is 17 steps of prose, whose documents are longer; at
+hops adapters learn nothing within it, their loss is chance, ln 3, or more."""
+COMPARED = ("qlora_r16", "qlora_r16_checkpointing", "lora_top_half", "ladder", "xladder", "rejoin")
 """Methods that are tried on every task."""
 SCALED = ("qlora_r16", "ladder", "rejoin")
 """Methods that are trained at every size and budget."""
@@ -66,10 +66,19 @@ def budget_name(flops: float) -> str:
     return f"flops={flops:.6g}"
 
 
-def next_run(grid: Grid, rows: Sequence[Row]) -> Run | None:
-    """The first run of the grid that has no row; None where all have."""
+def next_runs(grid: Grid, rows: Sequence[Row]) -> list[Run]:
+    """The first run of the grid that has no row, and what is trained beside it; none where all have rows.
+
+    All learning rates of a side network are tried in one training, from one pass of the backbone.
+    """
     done = {row.run for row in rows}
-    return next((run for run in _runs(grid, rows) if run not in done), None)
+    first = next((run for run in _runs(grid, rows) if run not in done), None)
+    if first is None:
+        return []
+    if first.method not in grid.methods or not find_method(first.method).shares_passes:
+        return [first]
+    sweep = [run for run in _sweep(grid, [first.method], first.task) if run not in done]
+    return sweep if first in sweep else [first]
 
 
 def best_rate(grid: Grid, rows: Sequence[Row], method: str, task: str) -> float:

@@ -4,7 +4,7 @@ Decoded, the linears compute the same function as bitsandbytes' packed ones (its
 and multiplies), at less cost: nothing is decoded in a step. Everything of the backbone is frozen, norms, embedding and
 head too; adapters are fp32. What could be held against the rival is left out: rows are documents side by side without
 padding, as FlashAttention's variable-length form lets them be on a GPU, the head multiplies supervised rows only, and
-nothing is computed twice.
+nothing is computed twice but with checkpointing.
 """
 
 from __future__ import annotations
@@ -35,9 +35,12 @@ class LowRankModel(nn.Module):
         rank: of the adapters; their scale is 2 (alpha is twice the rank).
         top_blocks: only the uppermost blocks carry adapters: below them nothing is back-propagated. None: all.
         seed: of the initial adapters.
+        checkpointing: blocks keep their inputs alone and run again in backward, as QLoRA's recipe has it.
     """
 
-    def __init__(self, backbone: Backbone, rank: int, top_blocks: int | None = None, seed: int = 0) -> None:
+    def __init__(
+        self, backbone: Backbone, rank: int, top_blocks: int | None = None, seed: int = 0, checkpointing: bool = False
+    ) -> None:
         super().__init__()
         layers, names = backbone.config.num_layers, backbone.config.names
         adapters = LoraConfig(
@@ -50,6 +53,10 @@ class LowRankModel(nn.Module):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.model = get_peft_model(decoded_model(backbone), adapters)
+        if checkpointing:
+            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self.model.disable_input_require_grads()  # of the embeddings, which non-reentrant checkpoints need not
+        self.train()
 
     def forward(
         self,

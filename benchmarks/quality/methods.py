@@ -33,7 +33,7 @@ class Peaks:
     Attributes:
         plain: activations are kept.
         checkpointing: they are computed again in backward, for a third more FLOPs; None for side networks, whose layers
-            always are.
+            always are, and for what was trained so.
     """
 
     plain: int
@@ -50,6 +50,10 @@ class Method(Protocol):
     @property
     def trainer(self) -> type[Trainer]:
         """What trains the model that `build` returns."""
+
+    @property
+    def shares_passes(self) -> bool:
+        """Whether that trains several models from one pass of the backbone, with `sweep=`."""
 
     def build(self, backbone: Backbone, seed: int) -> nn.Module:
         """The trainable model; called as `LadderForCausalLM` is, its result has `["loss"]`."""
@@ -68,19 +72,22 @@ class LowRank:
     Attributes:
         rank: of the adapters.
         top_share: share of the blocks, counted from the top, that carry them. At least one does.
+        checkpointing: blocks run again in backward.
     """
 
     rank: int
     top_share: float = 1.0
+    checkpointing: bool = False
     learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     trainer: type[Trainer] = Trainer
+    shares_passes: bool = False
 
     def __post_init__(self) -> None:
         if type(self.rank) is not int or self.rank < 1 or not 0 < self.top_share <= 1:
             raise ValueError(f"expected rank >= 1 and 0 < top_share <= 1, got {self.rank!r} and {self.top_share!r}")
 
     def build(self, backbone: Backbone, seed: int) -> nn.Module:
-        return LowRankModel(backbone, self.rank, self._top_blocks(backbone.config.num_layers), seed)
+        return LowRankModel(backbone, self.rank, self._top_blocks(backbone.config.num_layers), seed, self.checkpointing)
 
     def peaks(self, config: PreTrainedConfig, tokens: int, batch: int) -> Peaks:
         top_blocks = self._top_blocks(config.num_hidden_layers)
@@ -88,7 +95,7 @@ class LowRank:
             track_qlora(config, QLoRA(again, True, True, self.rank, top_blocks), tokens, batch).peak.device_bytes
             for again in (False, True)
         )
-        return Peaks(plain, checkpointing)
+        return Peaks(checkpointing) if self.checkpointing else Peaks(plain, checkpointing)
 
     def changed(self, values: Mapping[str, Any]) -> LowRank:
         return replace(self, **values)
@@ -105,6 +112,7 @@ class SideTuning:
     fields: Mapping[str, Any] = field(default_factory=lambda: {"reduction_factor": REDUCTION_FACTOR})
     learning_rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
     trainer: type[Trainer] = LadderTrainer
+    shares_passes: bool = True
 
     def build(self, backbone: Backbone, seed: int) -> nn.Module:
         return LadderForCausalLM.from_backbone(backbone, self._config(seed))
@@ -124,6 +132,7 @@ class SideTuning:
 METHODS: dict[str, Method] = {
     "qlora_r8": LowRank(8),
     "qlora_r16": LowRank(16),
+    "qlora_r16_checkpointing": LowRank(16, checkpointing=True),
     "qlora_r64": LowRank(64),
     "lora_top_half": LowRank(16, top_share=0.5),
     "lora_top_quarter": LowRank(32, top_share=0.25),

@@ -7,9 +7,10 @@ import io
 import json
 import math
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Row:
         flops: of it, forward and backward.
         trained_parameters: of adapters or side network.
         peak_bytes, peak_bytes_checkpointing: see `benchmarks.quality.methods.Peaks`.
-        seconds: of the steps alone, by the clock.
+        seconds: of the steps alone, by the clock; None where other runs were trained beside it.
         cpu_seconds: processor time of the same, of all threads, which a busy machine stretches less.
         curve: [step, loss on the whole held-out set] at a few points, from step 0 on.
         loss: the last of these, nats per supervised token; infinite where training diverged.
@@ -58,8 +59,8 @@ class Row:
     trained_parameters: int
     peak_bytes: int
     peak_bytes_checkpointing: int | None
-    seconds: float
-    cpu_seconds: float
+    seconds: float | None
+    cpu_seconds: float | None
     curve: list[tuple[int, float]]
     loss: float
     accuracy: dict[str, float]
@@ -67,6 +68,7 @@ class Row:
     facts: dict[str, str]
 
 
+_Number = TypeVar("_Number", int, float)
 _KEYS = tuple(field.name for field in fields(Run))
 _VALUES = tuple(field.name for field in fields(Row) if field.name not in ("run", "facts"))
 FACTS = (
@@ -149,7 +151,6 @@ def _row(values: list[str]) -> Row:
     curve, accuracy = _json(cells, "curve", list), _json(cells, "accuracy", dict)
     if not all(isinstance(point, list) and len(point) == 2 for point in curve):
         raise ValueError(f"curve: expected [[step, loss], ...], got {cells['curve'][:80]!r}")
-    again = cells["peak_bytes_checkpointing"]
     return Row(
         run=run,
         steps=_count(cells, "steps"),
@@ -157,9 +158,9 @@ def _row(values: list[str]) -> Row:
         flops=_number(cells, "flops"),
         trained_parameters=_count(cells, "trained_parameters"),
         peak_bytes=_count(cells, "peak_bytes"),
-        peak_bytes_checkpointing=_count(cells, "peak_bytes_checkpointing") if again else None,
-        seconds=_number(cells, "seconds"),
-        cpu_seconds=_number(cells, "cpu_seconds"),
+        peak_bytes_checkpointing=_if_any(_count, cells, "peak_bytes_checkpointing"),
+        seconds=_if_any(_number, cells, "seconds"),
+        cpu_seconds=_if_any(_number, cells, "cpu_seconds"),
         curve=[(step, loss) for step, loss in curve],
         loss=_number(cells, "loss"),
         accuracy=accuracy,
@@ -183,6 +184,10 @@ def _count(cells: dict[str, str], name: str) -> int:
     if not cells[name].isdigit():
         raise ValueError(f"{name}: expected a whole number, got {cells[name]!r}")
     return int(cells[name])
+
+
+def _if_any(read: Callable[[dict[str, str], str], _Number], cells: dict[str, str], name: str) -> _Number | None:
+    return read(cells, name) if cells[name] else None
 
 
 def _json(cells: dict[str, str], name: str, kind: type) -> Any:

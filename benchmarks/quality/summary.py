@@ -19,7 +19,8 @@ class Cell:
     Attributes:
         learning_rate: the one of most seeds, and of those the one of the lowest mean loss.
         loss, lowest, highest: mean and extremes over the seeds.
-        flops, seconds, peak_bytes, accuracy: means over them.
+        flops, peak_bytes, accuracy: means over them.
+        seconds: mean over those that were trained alone; None without any.
     """
 
     method: str
@@ -32,7 +33,7 @@ class Cell:
     lowest: float
     highest: float
     flops: float
-    seconds: float
+    seconds: float | None
     peak_bytes: int
     peak_bytes_checkpointing: int | None
     accuracy: dict[str, float]
@@ -54,6 +55,7 @@ def cells(rows: Sequence[Row]) -> list[Cell]:
 
 def _cell(rows: Sequence[Row]) -> Cell:
     run, losses = rows[0].run, [row.loss for row in rows]
+    seconds = [row.seconds for row in rows if row.seconds is not None]
     return Cell(
         method=run.method,
         size=run.size,
@@ -65,7 +67,7 @@ def _cell(rows: Sequence[Row]) -> Cell:
         lowest=min(losses),
         highest=max(losses),
         flops=fmean(row.flops for row in rows),
-        seconds=fmean(row.seconds for row in rows),
+        seconds=fmean(seconds) if seconds else None,
         peak_bytes=rows[0].peak_bytes,
         peak_bytes_checkpointing=rows[0].peak_bytes_checkpointing,
         accuracy={group: fmean(row.accuracy[group] for row in rows) for group in rows[0].accuracy},
@@ -129,12 +131,13 @@ def table(rows: Sequence[Row]) -> str:
         lines.append(f"\n{key[1]}, backbone of {key[0]}, {key[2]}")
         own = [cell for cell in found if (cell.size, cell.task, cell.budget) == key]
         for cell in sorted(own, key=lambda cell: cell.loss):
+            seconds = "" if cell.seconds is None else f", {cell.seconds:.0f} s"
             accuracy = f", right {fmean(cell.accuracy.values()):.3f}" if cell.accuracy else ""
             lines.append(
                 f"  {cell.method:<22} loss {cell.loss:.4f} "
                 f"({cell.lowest:.4f} to {cell.highest:.4f}, {cell.seeds} seeds), "
-                f"lr {cell.learning_rate:g}, {cell.flops:.3g} FLOPs, {cell.peak_bytes / 2**20:.1f} MiB, "
-                f"{cell.seconds:.0f} s{accuracy}"
+                f"lr {cell.learning_rate:g}, {cell.flops:.3g} FLOPs, {cell.peak_bytes / 2**20:.1f} MiB"
+                f"{seconds}{accuracy}"
             )
     for scaling in scalings(rows):
         parts = (
