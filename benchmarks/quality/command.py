@@ -40,8 +40,9 @@ FULL = Grid(
     steps=60,
     variants=(
         *(f"xladder:num_taps={taps}" for taps in (1, 2, 4, 6)),
-        *(f"ladder:rejoin={share}" for share in (0.125, 0.25, 0.5, 0.75)),
-        *(f"rejoin:{change}" for change in ("num_taps=1", "merge=sum", "reduction_factor=4", "reduction_factor=1")),
+        *(f"rejoin:rejoin={share}" for share in (0.25, 0.75)),
+        *(f"rejoin:{change}" for change in ("tap_init=random", "connection=ladder", "num_taps=1", "merge=sum")),
+        "ladder:tap_init=basis",
     ),
 )
 """1e12 FLOPs are some 60 steps of QLoRA with rank 16 on the docstring task beside the shipped backbone."""
