@@ -24,8 +24,8 @@ def frozen_linear(
 ) -> Tensor:
     """x @ dequantize(nf4_weight)^T + bias as `nf4_linear` computes it, differentiable once, in x alone.
 
-    Backward holds one decoded matrix [N, K] in x.dtype while it multiplies: one product, where panels of W would add up in
-    an fp32 [T, K].
+    Backward holds one decoded matrix [N, K] in x.dtype while it multiplies: one product, where panels of W would add up
+    in an fp32 [T, K].
 
     Args:
         x: [..., K] fp32, bf16 or fp16.
