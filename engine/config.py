@@ -12,7 +12,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     "xladder": {"connection": "xladder"},
     "lst": {"tap_embeddings": True, "output": "side_only"},
     "qst": {"tap_embeddings": True, "output": "mix", "tap_down": "adapter"},
-    "rejoin": {"connection": "xladder", "rejoin": 0.5, "tap_init": "basis"},
+    "rejoin": {"connection": "xladder", "rejoin": 0.5},
 }
 """What each preset changes from the defaults of `LadderConfig`."""
 
@@ -22,7 +22,6 @@ _CHOICES: dict[str, tuple[str, ...]] = {
     "merge": ("lst", "sum"),
     "tap_down": ("linear", "low_rank", "adapter", "avg_pool", "max_pool"),
     "output": ("residual", "side_only", "mix"),
-    "tap_init": ("random", "basis"),
 }
 # Upper bounds keep a hostile file from asking for terabytes; no published model comes near them.
 _INTEGERS: dict[str, tuple[int, int]] = {
@@ -53,8 +52,6 @@ class LadderConfig:
         merge: "lst" g*s + (1-g)*z with a trained scalar g = sigmoid(gate_logit / gate_temperature); "sum" s + z.
         tap_down: D -> S as "linear", "low_rank" (two factors), "adapter" (two factors, SiLU between, as in QST),
             "avg_pool" or "max_pool" (adaptive pooling along D, no parameters).
-        tap_init: linear taps start "random" or as a "basis" of what the backbone's blocks read
-            (`engine.model.tap_basis`).
         tap_rank: inner width of "low_rank" and "adapter".
         output: "residual" y = h_L + up(s); "side_only" y = up(norm(s)) (LST); "mix" y = a*h_L + (1-a)*up(s), a trained
             scalar that starts at 1 (QST).
@@ -77,7 +74,6 @@ class LadderConfig:
     tap_embeddings: bool = False
     merge: str = "lst"
     tap_down: str = "linear"
-    tap_init: str = "random"
     tap_rank: int = 16
     output: str = "residual"
     rejoin: float = 0.0
@@ -110,11 +106,6 @@ class LadderConfig:
             raise ValueError(
                 f"tap_every={self.tap_every} belongs to connection='ladder'; xladder taps the top num_taps blocks: "
                 "set num_taps"
-            )
-        if self.tap_init == "basis" and self.tap_down != "linear":
-            raise ValueError(
-                f"tap_init='basis' is a start for tap_down='linear', got tap_down={self.tap_down!r}: set "
-                "tap_init='random'"
             )
 
     @classmethod

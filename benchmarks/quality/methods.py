@@ -1,7 +1,7 @@
 """The methods that are compared: how each is built beside a backbone, trained, and tried with which learning rates.
 
-Every method has as many tries. Side networks take about three times the learning rate of adapters, but for those whose
-gradients come through pretrained blocks as adapters' do, so each grid is laid around what its kind takes.
+Every method has as many tries. Side networks take about three times the learning rate of adapters, so each grid is laid
+around what its kind takes.
 """
 
 from __future__ import annotations
@@ -137,7 +137,6 @@ METHODS: dict[str, Method] = {
     "lora_top_half": LowRank(16, top_share=0.5),
     "lora_top_quarter": LowRank(32, top_share=0.25),
     **{preset: SideTuning(preset) for preset in PRESETS},
-    "rejoin": SideTuning("rejoin", learning_rates=(1e-3, 3e-3, 1e-2)),
 }
 
 

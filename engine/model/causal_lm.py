@@ -34,7 +34,6 @@ from engine.model.adapter import check_backbone, load_adapter, read_adapter, sav
 from engine.model.ladder_model import FrozenHead, LadderModel, refuse_unsupported
 from engine.model.rows import IGNORE_INDEX, enter, rows_of_batch, supervision
 from engine.model.side_network import SideNetwork
-from engine.model.tap_basis import start_at_basis
 from engine.model.transformers_config import LadderModelConfig, generation_config, model_config
 
 _SIDE_PREFIX = "model.side_network."
@@ -90,14 +89,7 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
             backbone = load_backbone(backbone, **load_options)
         elif load_options:
             raise TypeError(f"{sorted(load_options)} are options of loading, but the backbone is loaded already")
-        model = cls._untrained(backbone, config or LadderConfig())
-        if model.ladder_config.tap_init == "basis":
-            start_at_basis(model.side_network, backbone)
-        return model
-
-    @classmethod
-    def _untrained(cls, backbone: Backbone, config: LadderConfig) -> LadderForCausalLM:
-        """With taps that are drawn, whatever `config.tap_init` says."""
+        config = config or LadderConfig()
         return cls(model_config(backbone, config), backbone, config)
 
     def beside(self, config: LadderConfig) -> LadderForCausalLM:
@@ -166,7 +158,7 @@ class LadderForCausalLM(PreTrainedModel, GenerationMixin):
                     f"pass backbone= (--model of the command): {error}"
                 ) from error
         check_backbone(record, backbone, folder)
-        model = cls._untrained(backbone, record.config)
+        model = cls.from_backbone(backbone, record.config)
         load_adapter(folder, model.side_network, backbone)
         return model.eval()
 

@@ -191,14 +191,9 @@ class SideNetwork(nn.Module):
     def tap_policy(self, policy: TapPolicy) -> None:
         check_tap_policy(policy)
         if "none" in (policy, self._tap_policy):
-            for tap in self.all_taps:
+            for tap in (*self.taps, *([] if self.embedding_tap is None else [self.embedding_tap])):
                 tap.train_projection(policy != "none")
         self._tap_policy = policy
-
-    @property
-    def all_taps(self) -> list[Tap]:
-        """Those of blocks, then that of the embeddings if there is one."""
-        return [*self.taps, *([] if self.embedding_tap is None else [self.embedding_tap])]
 
     @property
     def num_side_layers(self) -> int:
