@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ COLORS = {
     "lora_top_half": "#d39b5f", "lora_top_quarter": "#a8651b",
 }  # fmt: skip
 _DPI = 150
+_CHARACTERS_PER_INCH = 17  # of the caption
 
 
 def draw_all(rows: Sequence[Row], folder: Path) -> list[Path]:
@@ -60,8 +62,7 @@ def cost_figure(rows: Sequence[Row]) -> Figure | None:
     for axis, (label, value) in zip(axes, panels, strict=True):
         for method in dict.fromkeys(cell.method for cell in found):
             _line(axis, [cell for cell in found if cell.method == method], value, method)
-        axis.set_xscale("log")
-        axis.set_xlabel(label)
+        _logarithmic(axis, label)
     for cell in found:
         if cell.peak_bytes_checkpointing is not None:
             axes[1].plot(cell.peak_bytes_checkpointing / 2**20, cell.loss, "o", mfc="none", color=_color(cell.method))
@@ -83,11 +84,13 @@ def isoflop_figure(rows: Sequence[Row]) -> Figure | None:
         for budget in sorted({cell.budget for cell in own}, key=lambda budget: flops_of(budget) or 0):
             line = sorted((cell for cell in own if cell.budget == budget), key=lambda cell: parameters_of(cell.size))
             axis.plot([parameters_of(cell.size) for cell in line], [cell.loss for cell in line], "o-", label=budget)
-        axis.set(xscale="log", xlabel="backbone parameters", title=scaling.method)
+        _logarithmic(axis, "backbone parameters")
+        axis.set_title(scaling.method)
         axis.legend(fontsize=7, frameon=False)
     for scaling in fitted:
         _fitted_line(axes[-1], scaling)
-    axes[-1].set(xscale="log", xlabel="training FLOPs", title="L(C) = B / C^lambda + E, best size")
+    _logarithmic(axes[-1], "training FLOPs")
+    axes[-1].set_title("L(C) = B / C^lambda + E, best size")
     axes[-1].legend(fontsize=7, frameon=False)
     axes[0].set_ylabel("held-out loss, nats per token")
     return figure
@@ -163,6 +166,13 @@ def _errorbar(axis: Axes, places: Sequence[float], found: Sequence[Cell], method
     axis.spines[["top", "right"]].set_visible(False)
 
 
+def _logarithmic(axis: Axes, label: str) -> None:
+    axis.set(xscale="log", xlabel=label)
+    axis.xaxis.set_major_formatter("{x:g}")
+    axis.xaxis.set_minor_formatter("{x:g}")
+    axis.tick_params(axis="x", which="both", labelsize=7, labelrotation=30)
+
+
 def _fitted_line(axis: Axes, scaling: Scaling) -> None:
     color, slope = _color(scaling.method), scaling.intervals["slope"]
     axis.plot(scaling.flops, scaling.losses, "o", color=color, markersize=4)
@@ -178,10 +188,11 @@ def _color(method: str) -> str:
 def _caption(figure: Figure, rows: Sequence[Row]) -> None:
     facts = rows[-1].facts
     place = facts["cpu"] if facts["device"] == "cpu" else facts["device"]
-    commits = sorted({row.facts["commit"][:10] for row in rows})
+    commits = sorted({row.facts["commit"][:7] for row in rows})
     text = f"{len(rows)} trainings, {place}, torch {facts['torch']}, commit {', '.join(commits)}, {facts['date']}"
-    figure.text(0.01, 0.01, text, fontsize=7, color="#555555")
-    figure.tight_layout(rect=(0, 0.03, 1, 0.98))
+    lines = textwrap.wrap(text, round(_CHARACTERS_PER_INCH * figure.get_figwidth()))
+    figure.text(0.01, 0.01, "\n".join(lines), fontsize=7, color="#555555")
+    figure.tight_layout(rect=(0, 0.03 * len(lines), 1, 0.98))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
