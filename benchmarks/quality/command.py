@@ -1,7 +1,8 @@
 """`python -m benchmarks quality`: side networks against QLoRA at equal compute and equal memory, run by run.
 
 A run's row is appended as it ends; started again, the command goes on behind the rows that are there. --small is a grid
-of 20 minutes on two idle cores: the shipped backbone, the docstring task, every method with two learning rates.
+meant to end within 20 minutes on two idle cores, which has not been timed: the shipped backbone, the docstring task,
+every method with two learning rates.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ def write_summary(path: Path, rows: Sequence[Row]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m benchmarks quality", description=__doc__)
-    parser.add_argument("--small", action="store_true", help="the grid of 20 minutes; what follows changes it")
+    parser.add_argument("--small", action="store_true", help="the short grid; what follows changes it")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--minutes", type=float, help="begin no run after so many")
     parser.add_argument("--sizes", nargs="+", metavar="SIZE", help=f"of {', '.join(SIZES)}; the first in depth")

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from benchmarks.quality.methods import find_method
 from benchmarks.quality.rows import Row, Run
+from engine.training.trainer import LadderTrainer
 
 EFFORTS = {"prose": 3.0, "hops": 6.0, "hops_steps": 6.0}
 """Times the middle budget, for tasks that it is too short for: it is 17 steps of prose, whose documents are longer; at
@@ -75,7 +76,7 @@ def next_runs(grid: Grid, rows: Sequence[Row]) -> list[Run]:
     first = next((run for run in _runs(grid, rows) if run not in done), None)
     if first is None:
         return []
-    if first.method not in grid.methods or not find_method(first.method).shares_passes:
+    if first.method not in grid.methods or find_method(first.method).trainer is not LadderTrainer:
         return [first]
     sweep = [run for run in _sweep(grid, [first.method], first.task) if run not in done]
     return sweep if first in sweep else [first]
@@ -123,8 +124,8 @@ def _runs(grid: Grid, rows: Sequence[Row]) -> Iterator[Run]:
         for method in compared:
             yield from at_best(method, size, other, grid.middle_of(other))
     for any_size in grid.sizes:
-        # Smaller ones take more steps for their FLOPs and have then learned what they can: QLoRA's loss beside 0.8M is
-        # 3.815 at 1e12 and 3.818 at 2e12.
+        # Smaller ones take more steps for their FLOPs and have then learned what they can: QLoRA's loss beside 0.8M was
+        # 3.815 at 1e12 and, one seed that is in no file, 3.818 at 2e12.
         for flops in grid.budgets if any_size == size else grid.budgets[: len(grid.budgets) // 2 + 1]:
             for method in (method for method in grid.methods if method in SCALED):
                 yield from at_best(method, any_size, task, budget_name(flops))

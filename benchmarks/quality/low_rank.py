@@ -56,7 +56,7 @@ class LowRankModel(nn.Module):
         if checkpointing:
             self.model.gradient_checkpointing_enable({"use_reentrant": False})
             self.model.disable_input_require_grads()  # of the embeddings, which non-reentrant checkpoints need not
-        self.train()
+        self.train()  # else nothing is checkpointed, neither where FLOPs are counted
 
     def forward(
         self,

@@ -51,10 +51,6 @@ class Method(Protocol):
     def trainer(self) -> type[Trainer]:
         """What trains the model that `build` returns."""
 
-    @property
-    def shares_passes(self) -> bool:
-        """Whether that trains several models from one pass of the backbone, with `sweep=`."""
-
     def build(self, backbone: Backbone, seed: int) -> nn.Module:
         """The trainable model; called as `LadderForCausalLM` is, its result has `["loss"]`."""
 
@@ -80,7 +76,6 @@ class LowRank:
     checkpointing: bool = False
     learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     trainer: type[Trainer] = Trainer
-    shares_passes: bool = False
 
     def __post_init__(self) -> None:
         if type(self.rank) is not int or self.rank < 1 or not 0 < self.top_share <= 1:
@@ -112,7 +107,6 @@ class SideTuning:
     fields: Mapping[str, Any] = field(default_factory=lambda: {"reduction_factor": REDUCTION_FACTOR})
     learning_rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
     trainer: type[Trainer] = LadderTrainer
-    shares_passes: bool = True
 
     def build(self, backbone: Backbone, seed: int) -> nn.Module:
         return LadderForCausalLM.from_backbone(backbone, self._config(seed))

@@ -70,7 +70,7 @@ class Trained:
 def train(
     method: Method, model: nn.Module, data: TaskData, learning_rates: Sequence[float], steps: int, seed: int
 ) -> list[Trained]:
-    """Train the model once for each learning rate, from the same weights; several only where `method.shares_passes`."""
+    """Train the model once for each learning rate, from the same weights; several only with `LadderTrainer`."""
     start = heldout_loss(model, data.heldout)
     with tempfile.TemporaryDirectory(prefix="ladder-quality-") as folder, contextlib.redirect_stdout(io.StringIO()):
         arguments = _arguments(folder, method, model, learning_rates[0], steps, seed)
