@@ -311,7 +311,7 @@ def test_the_order_of_a_grid_and_its_choice_of_learning_rates() -> None:
         assert len({(run.method, run.seed) for run in together}) == 1
         sweeps += len(together) > 1
         rows += [_row(run, 4.0 if run.learning_rate == high else 5.0) for run in together]
-    assert sweeps == 4  # of both side networks on both tasks
+    assert sweeps == 6  # of both side networks on both tasks, and of two variants on hops
     runs = [row.run for row in rows]
     assert [run.budget for run in runs[:6]] == [GRID.middle] * 6 and {run.seed for run in runs[:6]} == {0}
     assert len({(run.method, run.learning_rate) for run in runs[:6]}) == 6
@@ -322,6 +322,7 @@ def test_the_order_of_a_grid_and_its_choice_of_learning_rates() -> None:
     first, other_task, other_size = ("docstring", "3.0M"), ("hops", "3.0M"), ("docstring", "0.8M")
     assert stages == [first, other_task, first, other_size, first]
     assert sum(run.method == "xladder:num_taps=1" for run in runs) == GRID.seeds
+    assert {run.learning_rate for run in runs if run.method == "xladder:num_taps=6"} == {low, high}
     assert best_rate(GRID, rows[:1], "xladder", "docstring") in rates_of("xladder", 2)
     assert low < high
 

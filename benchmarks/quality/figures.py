@@ -19,6 +19,7 @@ import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from benchmarks.quality.backbones import SIZES
 from benchmarks.quality.rows import Row, read_rows
 from benchmarks.quality.summary import Cell, Scaling, cells, flops_of, scalings
 
@@ -97,26 +98,34 @@ def isoflop_figure(rows: Sequence[Row]) -> Figure | None:
 
 
 def delta_figure(rows: Sequence[Row]) -> Figure | None:
-    """xladder over delta, its tapped blocks, beside ladder."""
-    found = cells(rows)
-    variants = [cell for cell in found if cell.method.startswith("xladder:num_taps=")]
-    if not variants:
+    """xladder over delta, its tapped blocks, beside ladder: a panel for each task."""
+    found = [cell for cell in cells(rows) if flops_of(cell.budget)]
+    varied = [cell for cell in found if cell.method.startswith("xladder:num_taps=")]
+    places = list(dict.fromkeys((cell.size, cell.task, cell.budget) for cell in varied))
+    if not places:
         return None
-    first = variants[0]
-    place = (first.size, first.task, first.budget)
-    variants = [cell for cell in variants if (cell.size, cell.task, cell.budget) == place]
-    figure, axis = plt.subplots(figsize=(6, 4.4))
-    deltas = [int(cell.method.rpartition("=")[2]) for cell in variants]
-    order = sorted(range(len(variants)), key=lambda i: deltas[i])
-    _errorbar(axis, [deltas[i] for i in order], [variants[i] for i in order], "xladder", "xladder")
-    for cell in found:
-        if (cell.method, cell.size, cell.task, cell.budget) == ("ladder", *place):
+    figure, axes = plt.subplots(1, len(places), figsize=(5.2 * len(places), 4.4), squeeze=False)
+    for axis, place in zip(axes[0], places, strict=True):
+        own = [cell for cell in found if (cell.size, cell.task, cell.budget) == place]
+        variants = {delta: cell for cell in own if (delta := _delta(cell)) is not None}
+        deltas = sorted(variants)
+        _errorbar(axis, deltas, [variants[delta] for delta in deltas], "xladder", "xladder")
+        for cell in (cell for cell in own if cell.method == "ladder"):
             axis.axhline(cell.loss, color=_color("ladder"), label="ladder")
             axis.axhspan(cell.lowest, cell.highest, color=_color("ladder"), alpha=0.15)
-    axis.set(xlabel="delta, tapped blocks", ylabel="held-out loss, nats per token")
-    axis.set_title(f"{first.task}, {first.size}, {first.budget}", fontsize=10)
-    axis.legend(fontsize=8, frameon=False)
+        axis.set_title(", ".join(place), fontsize=10)
+        axis.set_xlabel("delta, tapped blocks")
+        axis.legend(fontsize=8, frameon=False)
+    axes[0, 0].set_ylabel("held-out loss, nats per token")
     return figure
+
+
+def _delta(cell: Cell) -> int | None:
+    """Tapped blocks of an xladder of which nothing else was changed; by default half of the blocks."""
+    if cell.method == "xladder":
+        return SIZES[cell.size].layers // 2
+    delta = cell.method.removeprefix("xladder:num_taps=")
+    return int(delta) if delta.isdecimal() else None
 
 
 def hops_figure(rows: Sequence[Row]) -> Figure | None:

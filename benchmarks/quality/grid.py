@@ -2,7 +2,8 @@
 
     1  every learning rate of every method, one seed, at the middle budget: whoever is tuned worse would only seem worse
     2  at each method's best rate: the other seeds
-    3  the other tasks, of the methods in COMPARED: learning rates, then seeds, at the middle budget times EFFORTS
+    3  the other tasks, of the methods in COMPARED and COMPARED_AT: learning rates, then seeds, at the middle budget
+       times EFFORTS
     4  the other budgets, and up to the middle one the other sizes, of the methods in SCALED
     5  variants of the methods, one change each
     6  as many steps for all instead of as many FLOPs
@@ -20,11 +21,13 @@ from benchmarks.quality.methods import find_method
 from benchmarks.quality.rows import Row, Run
 from engine.training.trainer import LadderTrainer
 
-EFFORTS = {"prose": 3.0, "hops": 6.0, "hops_steps": 6.0}
+EFFORTS = {"prose": 3.0, "hops": 8.0, "hops_steps": 4.0}
 """Times the middle budget, for tasks that it is too short for: it is 17 steps of prose, whose documents are longer; at
-hops adapters learn nothing within it, their loss is chance, ln 3, or more."""
+hops a ladder only begins to do better than chance after three times as much, sooner where steps are written out."""
 COMPARED = ("qlora_r16", "qlora_r16_checkpointing", "lora_top_half", "ladder", "xladder", "rejoin")
 """Methods that are tried on every task."""
+COMPARED_AT = {"hops": ("xladder:num_taps=2", "xladder:num_taps=6")}
+"""Variants that are tried as methods of their own: depth without taps is said to help with reasoning."""
 SCALED = ("qlora_r16", "ladder", "rejoin")
 """Methods that are trained at other sizes and budgets."""
 
@@ -76,7 +79,7 @@ def next_runs(grid: Grid, rows: Sequence[Row]) -> list[Run]:
     first = next((run for run in _runs(grid, rows) if run not in done), None)
     if first is None:
         return []
-    if first.method not in grid.methods or find_method(first.method).trainer is not LadderTrainer:
+    if first.method not in _tuned(grid, first.task) or find_method(first.method).trainer is not LadderTrainer:
         return [first]
     sweep = [run for run in _sweep(grid, [first.method], first.task) if run not in done]
     return sweep if first in sweep else [first]
@@ -118,10 +121,9 @@ def _runs(grid: Grid, rows: Sequence[Row]) -> Iterator[Run]:
     yield from _sweep(grid, grid.methods, task)
     for method in grid.methods:
         yield from at_best(method, size, task, grid.middle)
-    compared = [method for method in grid.methods if method in COMPARED]
     for other in grid.tasks[1:]:
-        yield from _sweep(grid, compared, other)
-        for method in compared:
+        yield from _sweep(grid, _tuned(grid, other), other)
+        for method in _tuned(grid, other):
             yield from at_best(method, size, other, grid.middle_of(other))
     for any_size in grid.sizes:
         # Smaller ones take more steps for their FLOPs and have then learned what they can: QLoRA's loss beside 0.8M was
@@ -135,6 +137,14 @@ def _runs(grid: Grid, rows: Sequence[Row]) -> Iterator[Run]:
     if grid.steps is not None:
         for method in grid.methods:
             yield from at_best(method, size, task, f"steps={grid.steps}")
+
+
+def _tuned(grid: Grid, task: str) -> list[str]:
+    """Methods whose learning rates are all tried on the task."""
+    if task == grid.tasks[0]:
+        return list(grid.methods)
+    compared = (*COMPARED, *COMPARED_AT.get(task, ()))
+    return [method for method in compared if method.partition(":")[0] in grid.methods]
 
 
 def _sweep(grid: Grid, methods: Sequence[str], task: str) -> Iterator[Run]:

@@ -5,17 +5,17 @@ writes only the result has to compose k of them on the way up through the layers
 swap is written, so m is the depth of one written step; the prompt names it. Accuracy by (k, m) tells how few steps a
 method must write.
 
-    b a c b a c b : 3 = c            k = 3, m = 3: no steps
-    b a c b a c b : 1 = b a c        k = 3, m = 1
+    b a c b a : 2 = c                k = 2, m = 2: no steps
+    b a c b a : 1 = a c              k = 2, m = 1
 
-A problem of three or more swaps is held out or not by a hash of what it does, in whichever order a swap names its
-places. There are 9 problems of one swap and 27 of two: this is the table that has to be known, all of it trained on. A
-row holds several problems, so that a training step sees more than sixteen answers. Chance is 1 in 3.
+k goes up to 2, whose 126 prompts are all trained on, so this task asks whether a method learns to compose, not what it
+makes of problems that it has not seen. With k up to 3 and a tenth of those held out, QLoRA learned the others by heart
+(held-out loss 1.19 after 800 steps, 0.62 after 200); with k up to 6 it had 0.94 to 1.10 after 6e12 FLOPs, and side
+networks had chance, ln 3. A row holds several problems, so that a training step sees more than sixteen answers.
 """
 
 from __future__ import annotations
 
-import hashlib
 import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,8 +25,7 @@ from transformers import PreTrainedTokenizerBase
 from benchmarks.quality.tasks.samples import Example, Sample, TaskData, row, single_tokens
 
 PLACES = ("a", "b", "c")
-MAX_HOPS = 6
-TABLE_HOPS = 2  # up to here nothing is held out
+MAX_HOPS = 2
 PROBLEMS_PER_ROW = 8
 TRAIN_ROWS, HELDOUT_ROWS, EXAMPLES = 6400, 64, 210
 HELDOUT_SEED = 1 << 40  # beyond the seeds that anyone gives to a training
@@ -49,12 +48,6 @@ class Problem:
             place = {first: second, second: first}.get(place, place)
             places.append(place)
         return places[self.stride - 1 :: self.stride]
-
-    @property
-    def is_heldout(self) -> bool:
-        """True for about one problem in ten, whatever its stride; never within the table."""
-        text = f"{self.start}{[sorted(swap) for swap in self.swaps]}"
-        return len(self.swaps) > TABLE_HOPS and hashlib.sha256(text.encode()).digest()[0] % 10 == 0
 
     def prompt(self) -> list[str]:
         """Pieces of text, one token each."""
@@ -88,27 +81,23 @@ def _task(tokenizer: PreTrainedTokenizerBase, seed: int, strides: Mapping[int, S
     def ids(pieces: list[str]) -> list[int]:
         return [table[piece] for piece in pieces]
 
-    def filled_row(rng: random.Random, is_heldout: bool) -> Sample:
-        problems = [_problem(rng, *rng.choice(kinds), is_heldout) for _ in range(PROBLEMS_PER_ROW)]
+    def filled_row(rng: random.Random) -> Sample:
+        problems = [_problem(rng, *rng.choice(kinds)) for _ in range(PROBLEMS_PER_ROW)]
         return row([part for p in problems for part in ((ids(p.prompt()), False), (ids(p.answer()), True))])
 
     def example(rng: random.Random, hops: int, stride: int) -> Example:
-        problem = _problem(rng, hops, stride, True)
+        problem = _problem(rng, hops, stride)
         written = f",written={hops // stride}" if len(kinds) > MAX_HOPS else ""
         return Example(ids(problem.prompt()), ids(problem.answer()), f"hops={hops}{written}")
 
     train, heldout = random.Random(seed), random.Random(HELDOUT_SEED)
     return TaskData(
-        [filled_row(train, False) for _ in range(TRAIN_ROWS)],
-        [filled_row(heldout, True) for _ in range(HELDOUT_ROWS)],
+        [filled_row(train) for _ in range(TRAIN_ROWS)],
+        [filled_row(heldout) for _ in range(HELDOUT_ROWS)],
         [example(heldout, *kinds[place % len(kinds)]) for place in range(EXAMPLES)],
     )
 
 
-def _problem(rng: random.Random, hops: int, stride: int, is_heldout: bool) -> Problem:
-    """A random problem of one side of the split."""
-    while True:
-        swaps = tuple((first, second) for first, second in (rng.sample(PLACES, 2) for _ in range(hops)))
-        problem = Problem(rng.choice(PLACES), swaps, stride)
-        if hops <= TABLE_HOPS or problem.is_heldout == is_heldout:
-            return problem
+def _problem(rng: random.Random, hops: int, stride: int) -> Problem:
+    swaps = tuple((first, second) for first, second in (rng.sample(PLACES, 2) for _ in range(hops)))
+    return Problem(rng.choice(PLACES), swaps, stride)
