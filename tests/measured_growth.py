@@ -10,6 +10,7 @@ from benchmarks.shapes import ModelShape, model_shape
 from engine.backbone.families import backbone_config
 from engine.config import LadderConfig
 from engine.data.collator import Collator
+from engine.dtypes import compute_dtype
 from engine.memory.plan import plan_memory
 from engine.memory.workload import Workload
 from engine.model.causal_lm import LadderForCausalLM
@@ -22,7 +23,7 @@ def main() -> None:
     """Print both numbers."""
     train(model_shape("toy"), LadderConfig(), 32)  # whatever libraries load and keep
     config = LadderConfig.preset("ladder", reduction_factor=4)
-    work = Workload(TOKENS, device_type="cpu", itemsize=4)
+    work = Workload(TOKENS, device_type="cpu", itemsize=compute_dtype("cpu").itemsize)
     print(train(SHAPE, config, TOKENS), plan_memory(backbone_config(SHAPE.config()), config, work).peak_bytes)
 
 

@@ -24,6 +24,7 @@ from benchmarks.registry import (
 from benchmarks.shapes import SHAPES, model_shape, random_nf4_weight, write_random_checkpoint
 from engine.backbone.layout import packed_nbytes
 from engine.backbone.residency import Placement
+from engine.dtypes import compute_dtype
 from engine.sequence import SequenceLayout
 from ladder_kernels import dequantize_nf4
 
@@ -67,21 +68,26 @@ def test_every_implementation_runs_at_its_toy_shape(
 def test_implementations_of_an_operation_compute_the_same(name: str, tolerance: float, context: Context) -> None:
     benchmark = find_benchmark(name)
     competitors = [item for item in benchmark.implementations if item.kind != "bound" or name == "dequantize_nf4"]
-    outputs = {item.name: item.build(benchmark.toy, context).call() for item in competitors}
-    expected = outputs.pop("ladder_kernels").double()
-    for rival, output in outputs.items():
-        error = float((output.double() - expected).abs().max() / expected.abs().max())
-        assert error <= tolerance, rival
+    runnables = {item.name: item.build(benchmark.toy, context) for item in competitors}
+    expected = runnables.pop("ladder_kernels").call().double()
+    for rival, runnable in runnables.items():
+        error = float((runnable.call().double() - expected).abs().max() / expected.abs().max())
+        # bitsandbytes' kernel for CPUs with bf16 units rounds x and the scales to bf16 whatever it is given.
+        assert error <= (2**-7 if runnable.details.startswith("packed AVX512-BF16") else tolerance), rival
 
 
 def test_first_loss_of_every_train_step_is_that_of_the_same_backbone(context: Context) -> None:
-    """Side networks and adapters start as zero, so ladder, xladder and fp32 QLoRA must agree on the very first loss."""
+    """Side networks and adapters start as zero, so ladder, xladder and fp32 QLoRA must agree on the very first loss.
+
+    Where the CPU has bf16 units ours computes in bf16, whose rounding the mean over tokens mostly averages out.
+    """
+    tolerance = 1e-5 if compute_dtype("cpu") == torch.float32 else 1e-3
     benchmark = _prepared(find_benchmark("train_step"), context)
     names = ("ladder", "xladder", "ladder_deterministic", "qlora_fp32", "qlora_fp32_kept")
     losses = [benchmark.implementation(name).build(benchmark.toy, context).call() for name in names]
     assert losses[0] == losses[1]
     for name, loss in zip(names, losses, strict=True):
-        assert abs(float(loss) - float(losses[0])) <= 1e-5 * float(losses[0]), name
+        assert abs(float(loss) - float(losses[0])) <= tolerance * float(losses[0]), name
 
 
 def test_steps_train(context: Context) -> None:
@@ -151,7 +157,7 @@ def test_models_built_in_memory_are_those_of_the_checkpoint(context: Context) ->
         ):
             assert torch.equal(actual, expected)
     expected, actual = (
-        model.eval()(input_ids[None]).logits
+        model.train()(input_ids[None]).logits  # bitsandbytes packs its weights anew for evaluation on some CPUs
         for model in (models.case_nf4_model(toy, context, dtype), models.random_nf4_model(shape, context.device, dtype))
     )
     assert torch.equal(actual, expected)

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase, StoppingCriteria, StoppingCriteriaList, pipeline
 
 from engine import LadderConfig, LadderForCausalLM
+from engine.backbone import load_backbone
 from engine.inference.generate import chat_ids, generate_text, prompt_ids
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -25,8 +26,9 @@ PAIRS = [("1 plus 2 is", " 3"), ("a", " longer continuation than the other"), ("
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> LadderForCausalLM:
-    source = tiny_checkpoint(tmp_path_factory.mktemp("backbone"), "qwen2", max_position_embeddings=64)
-    return trained(LadderForCausalLM.from_backbone(source, LadderConfig.preset("xladder", **SMALL))).eval()
+    folder = tiny_checkpoint(tmp_path_factory.mktemp("backbone"), "qwen2", max_position_embeddings=64)
+    backbone = load_backbone(folder, dtype=torch.float32)
+    return trained(LadderForCausalLM.from_backbone(backbone, LadderConfig.preset("xladder", **SMALL))).eval()
 
 
 @pytest.fixture(scope="module")
