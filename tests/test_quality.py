@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
@@ -229,10 +230,13 @@ def test_a_grid_is_trained_stopped_and_gone_on_with(
     assert not out.exists()
     assert command_line.main(arguments) == 0
     rows, text = read_rows(out), out.read_text()
-    assert len(rows) == len({row.run for row in rows}) == 8  # 4 of the sweep, 2 of equal steps, 2 of the other budget
+    assert len(rows) == len({row.run for row in rows})
+    budgets = Counter(row.run.budget for row in rows)
+    assert budgets.pop(TOY.middle) >= 6 and set(budgets.values()) == {2}  # of two methods: rates; one run of each other
     for row in rows:
         assert row.curve[0][0] == 0 and row.curve[-1] == (row.steps, row.loss)
-        assert row.loss < row.curve[0][1] and row.accuracy.keys() == {"length=2", "length=5"}
+        assert row.accuracy.keys() == {"length=2", "length=5"}
+        assert row.loss < row.curve[0][1] or row.run.learning_rate > 0.03
         if row.run.budget.startswith("flops"):
             assert row.flops == pytest.approx(float(row.run.budget[6:]), rel=0.3)
     assert {row.steps for row in rows if row.run.budget == "steps=3"} == {3}
@@ -313,16 +317,19 @@ def test_the_order_of_a_grid_and_its_choice_of_learning_rates() -> None:
         rows += [_row(run, 4.0 if run.learning_rate == high else 5.0) for run in together]
     assert sweeps == 6  # of both side networks on both tasks, and of two variants on hops
     runs = [row.run for row in rows]
-    assert [run.budget for run in runs[:6]] == [GRID.middle] * 6 and {run.seed for run in runs[:6]} == {0}
-    assert len({(run.method, run.learning_rate) for run in runs[:6]}) == 6
-    later = [run for run in runs[6:] if run.task == "docstring"]
+    # Two rates of each method, then the one beyond its better one; of equally good ones the lower.
+    assert [run.budget for run in runs[:9]] == [GRID.middle] * 9 and {run.seed for run in runs[:9]} == {0}
+    assert len({(run.method, run.learning_rate) for run in runs[:9]}) == 9
+    beyond = {run.method: run.learning_rate for run in runs[6:9]}
+    assert beyond == {"qlora_r16": 3e-4, "ladder": 3e-2, "xladder": 3e-2}
+    later = [run for run in runs[9:] if run.task == "docstring"]
     assert {run.learning_rate for run in later if run.method != "qlora_r16"} == {high}
     assert {run.budget for run in later} == {budget_name(flops) for flops in GRID.budgets} | {"steps=3"}
     stages = [stage for stage, _ in groupby((run.task, run.size) for run in runs)]
     first, other_task, other_size = ("docstring", "3.0M"), ("hops", "3.0M"), ("docstring", "0.8M")
     assert stages == [first, other_task, first, other_size, first]
     assert sum(run.method == "xladder:num_taps=1" for run in runs) == GRID.seeds
-    assert {run.learning_rate for run in runs if run.method == "xladder:num_taps=6"} == {low, high}
+    assert {low, high} < {run.learning_rate for run in runs if run.method == "xladder:num_taps=6"}
     assert best_rate(GRID, rows[:1], "xladder", "docstring") in rates_of("xladder", 2)
     assert low < high
 

@@ -1,6 +1,7 @@
 """Which runs, in which order, so that every prefix of the grid is of use.
 
-    1  every learning rate of every method, one seed, at the middle budget: whoever is tuned worse would only seem worse
+    1  as many learning rates of every method, one seed, at the middle budget, and further ones while the best is the
+       smallest or the largest that was tried: whoever is tuned worse would only seem worse
     2  at each method's best rate: the other seeds
     3  the other tasks, of the methods in COMPARED and COMPARED_AT: learning rates, then seeds, at the middle budget
        times EFFORTS
@@ -39,7 +40,7 @@ class Grid:
     Attributes:
         sizes, tasks: the first of each is the one that is looked at in depth.
         methods: each with all its learning rates.
-        rates: how many learning rates a method tries: of its grid, the ones in the middle.
+        rates: how many learning rates a method tries at first: of its grid, the ones in the middle.
         seeds: at least 1.
         budgets: rising, in FLOPs.
         steps: of all methods alike; None: not compared so.
@@ -91,16 +92,20 @@ def best_rate(grid: Grid, rows: Sequence[Row], method: str, task: str) -> float:
     A variant `NAME:...` that was not tried itself takes its method's. Where neither was, the middle of the grid.
     """
     for name in (method, method.partition(":")[0]):
-        tried = {
-            row.run.learning_rate: row.loss
-            for row in rows
-            if (row.run.method, row.run.size, row.run.task) == (name, grid.sizes[0], task)
-            and (row.run.budget, row.run.seed) == (grid.middle_of(task), 0)
-        }
-        if tried:
+        if tried := _tried(grid, rows, name, task):
             return min(tried, key=lambda rate: tried[rate])
     rates = rates_of(method, grid.rates)
     return rates[len(rates) // 2]
+
+
+def _tried(grid: Grid, rows: Sequence[Row], method: str, task: str) -> dict[float, float]:
+    """Loss by learning rate with the first seed, at the middle budget of the first size."""
+    return {
+        row.run.learning_rate: row.loss
+        for row in rows
+        if (row.run.method, row.run.size, row.run.task) == (method, grid.sizes[0], task)
+        and (row.run.budget, row.run.seed) == (grid.middle_of(task), 0)
+    }
 
 
 def rates_of(method: str, count: int) -> tuple[float, ...]:
@@ -118,11 +123,11 @@ def _runs(grid: Grid, rows: Sequence[Row]) -> Iterator[Run]:
         rate = best_rate(grid, rows, method, task)
         return (Run(method, size, task, budget, rate, seed) for seed in seeds)
 
-    yield from _sweep(grid, grid.methods, task)
+    yield from _tuning(grid, rows, task)
     for method in grid.methods:
         yield from at_best(method, size, task, grid.middle)
     for other in grid.tasks[1:]:
-        yield from _sweep(grid, _tuned(grid, other), other)
+        yield from _tuning(grid, rows, other)
         for method in _tuned(grid, other):
             yield from at_best(method, size, other, grid.middle_of(other))
     for any_size in grid.sizes:
@@ -145,6 +150,17 @@ def _tuned(grid: Grid, task: str) -> list[str]:
         return list(grid.methods)
     compared = (*COMPARED, *COMPARED_AT.get(task, ()))
     return [method for method in compared if method.partition(":")[0] in grid.methods]
+
+
+def _tuning(grid: Grid, rows: Sequence[Row], task: str) -> Iterator[Run]:
+    """The learning rates of all, then for each method those on both sides of its best."""
+    yield from _sweep(grid, _tuned(grid, task), task)
+    for method in _tuned(grid, task):
+        rates, tried = find_method(method).learning_rates, _tried(grid, rows, method, task)
+        best = rates.index(best_rate(grid, rows, method, task))
+        for rate in rates[max(best - 1, 0) : best + 2]:
+            if rate not in tried:
+                yield Run(method, grid.sizes[0], task, grid.middle_of(task), rate, 0)
 
 
 def _sweep(grid: Grid, methods: Sequence[str], task: str) -> Iterator[Run]:

@@ -45,7 +45,7 @@ class Method(Protocol):
 
     @property
     def learning_rates(self) -> tuple[float, ...]:
-        """Peak learning rates that are tried, rising."""
+        """Peak learning rates that may be tried, rising, about those that are at first."""
 
     @property
     def trainer(self) -> type[Trainer]:
@@ -74,7 +74,7 @@ class LowRank:
     rank: int
     top_share: float = 1.0
     checkpointing: bool = False
-    learning_rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
+    learning_rates: tuple[float, ...] = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
     trainer: type[Trainer] = Trainer
 
     def __post_init__(self) -> None:
@@ -105,7 +105,7 @@ class SideTuning:
 
     preset: str
     fields: Mapping[str, Any] = field(default_factory=lambda: {"reduction_factor": REDUCTION_FACTOR})
-    learning_rates: tuple[float, ...] = (3e-3, 1e-2, 3e-2)
+    learning_rates: tuple[float, ...] = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
     trainer: type[Trainer] = LadderTrainer
 
     def build(self, backbone: Backbone, seed: int) -> nn.Module:
