@@ -40,9 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if arguments[:1] == ["memory"]:
         return memory_table.main(arguments[1:])
     if arguments[:1] == ["quality"]:
-        from benchmarks.quality import command as quality  # needs peft and matplotlib, which the others may lack
-
-        return quality.main(arguments[1:])
+        return _quality(arguments[1:])
     options = _parser().parse_args(arguments)
     if options.names == ["list"]:
         print(_listing())
@@ -50,11 +48,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return max(_run(find_benchmark(name), options) for name in options.names)
     except ModuleNotFoundError as error:
-        print(f"error: {error}; competitors come with `pip install -e '.[peers]'`", file=sys.stderr)
-        return EXIT_USAGE
+        return _missing(error)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_USAGE
+
+
+def _quality(arguments: Sequence[str]) -> int:
+    try:
+        from benchmarks.quality import command  # needs peft and matplotlib, which the others may lack
+    except ModuleNotFoundError as error:
+        return _missing(error)
+    return command.main(arguments)
+
+
+def _missing(error: ModuleNotFoundError) -> int:
+    print(f"error: {error}; competitors come with `pip install -e '.[peers]'`", file=sys.stderr)
+    return EXIT_USAGE
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -6,8 +6,10 @@ Points are means over seeds at each method's best learning rate, bars the smalle
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
 import textwrap
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -35,12 +37,12 @@ _CHARACTERS_PER_INCH = 17  # of the caption
 
 def draw_all(rows: Sequence[Row], folder: Path) -> list[Path]:
     """Every figure for which there are rows, as png files of one name each."""
-    folder.mkdir(parents=True, exist_ok=True)
     drawn = []
     for name, draw in _FIGURES.items():
         figure = draw(rows)
         if figure is not None:
             _caption(figure, rows)
+            folder.mkdir(parents=True, exist_ok=True)
             drawn.append(folder / f"quality_{name}.png")
             figure.savefig(drawn[-1], dpi=_DPI)
             plt.close(figure)
@@ -128,7 +130,7 @@ def _delta(cell: Cell) -> int | None:
     return int(delta) if delta.isdecimal() else None
 
 
-def hops_figure(rows: Sequence[Row]) -> Figure | None:
+def accuracy_figure(rows: Sequence[Row]) -> Figure | None:
     """Accuracy by group of examples, one panel per task."""
     found = [cell for cell in cells(rows) if cell.accuracy and flops_of(cell.budget)]
     tasks = list(dict.fromkeys(cell.task for cell in found))
@@ -138,9 +140,10 @@ def hops_figure(rows: Sequence[Row]) -> Figure | None:
     for axis, task in zip(axes[:, 0], tasks, strict=True):
         own = [cell for cell in found if cell.task == task]
         groups = sorted({group for cell in own for group in cell.accuracy})
+        lines = defaultdict(lambda: itertools.cycle(("-", "--", ":", "-.")))  # of a method and its variants
         for cell in own:
-            values = [cell.accuracy.get(group, float("nan")) for group in groups]
-            axis.plot(range(len(groups)), values, "o-", color=_color(cell.method), label=cell.method)
+            values, color = [cell.accuracy.get(group, float("nan")) for group in groups], _color(cell.method)
+            axis.plot(range(len(groups)), values, "o", ls=next(lines[color]), color=color, label=cell.method)
         axis.set_xticks(range(len(groups)), groups, rotation=30, ha="right", fontsize=7)
         axis.set(ylabel="share of right answers", ylim=(0, 1.02), title=task)
         axis.legend(fontsize=7, frameon=False)
@@ -151,7 +154,7 @@ _FIGURES: dict[str, Callable[[Sequence[Row]], Figure | None]] = {
     "cost": cost_figure,
     "isoflop": isoflop_figure,
     "delta": delta_figure,
-    "accuracy": hops_figure,
+    "accuracy": accuracy_figure,
 }
 
 
@@ -211,6 +214,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="folder; default: the CSV's")
     options = parser.parse_args(arguments)
     try:
+        if not options.csv.is_file():
+            raise ValueError(f"expected a results file, there is none at {options.csv}")
         drawn = draw_all(read_rows(options.csv), options.csv.parent if options.out is None else options.out)
     except (OSError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)

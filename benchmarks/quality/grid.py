@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from benchmarks.quality.backbones import SIZES
 from benchmarks.quality.methods import find_method
 from benchmarks.quality.rows import Row, Run
 from engine.training.trainer import LadderTrainer
@@ -135,9 +136,9 @@ def _runs(grid: Grid, rows: Sequence[Row]) -> Iterator[Run]:
         # 3.815 at 1e12 and, one seed that is in no file, 3.818 at 2e12.
         for flops in grid.budgets if any_size == size else grid.budgets[: len(grid.budgets) // 2 + 1]:
             for method in (method for method in grid.methods if method in SCALED):
-                yield from at_best(method, any_size, task, budget_name(flops))
+                yield from at_best(method, any_size, task, budget_name(flops * EFFORTS.get(task, 1.0)))
     for seed in seeds:
-        for variant in (name for name in grid.variants if name.partition(":")[0] in grid.methods):
+        for variant in (name for name in grid.variants if _is_variant_here(grid, name)):
             yield Run(variant, size, task, grid.middle, best_rate(grid, rows, variant, task), seed)
     if grid.steps is not None:
         for method in grid.methods:
@@ -149,7 +150,18 @@ def _tuned(grid: Grid, task: str) -> list[str]:
     if task == grid.tasks[0]:
         return list(grid.methods)
     compared = (*COMPARED, *COMPARED_AT.get(task, ()))
-    return [method for method in compared if method.partition(":")[0] in grid.methods]
+    return [method for method in compared if _is_variant_here(grid, method)]
+
+
+def _is_variant_here(grid: Grid, method: str) -> bool:
+    """Whether it is one of the grid's methods, or a change of one that fits beside the first size."""
+    if method.partition(":")[0] not in grid.methods:
+        return False
+    try:
+        find_method(method).check_fits(SIZES[grid.sizes[0]].layers)
+    except ValueError:
+        return False
+    return True
 
 
 def _tuning(grid: Grid, rows: Sequence[Row], task: str) -> Iterator[Run]:

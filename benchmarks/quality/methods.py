@@ -20,6 +20,7 @@ from benchmarks.tracked_step import track_ladder
 from engine.backbone import Backbone
 from engine.config import PRESETS, LadderConfig
 from engine.model.causal_lm import LadderForCausalLM
+from engine.model.connections import connections
 from engine.training.trainer import LadderTrainer
 
 REDUCTION_FACTOR = 2
@@ -60,6 +61,9 @@ class Method(Protocol):
     def changed(self, values: Mapping[str, Any]) -> Method:
         """The same method with some of its settings replaced."""
 
+    def check_fits(self, layers: int) -> None:
+        """Raise a ValueError where it cannot be built beside so many blocks."""
+
 
 @dataclass(frozen=True)
 class LowRank:
@@ -80,6 +84,8 @@ class LowRank:
     def __post_init__(self) -> None:
         if type(self.rank) is not int or self.rank < 1 or not 0 < self.top_share <= 1:
             raise ValueError(f"expected rank >= 1 and 0 < top_share <= 1, got {self.rank!r} and {self.top_share!r}")
+        if type(self.checkpointing) is not bool:
+            raise ValueError(f"checkpointing must be True or False, got {self.checkpointing!r}")
 
     def build(self, backbone: Backbone, seed: int) -> nn.Module:
         return LowRankModel(backbone, self.rank, self._top_blocks(backbone.config.num_layers), seed, self.checkpointing)
@@ -93,7 +99,12 @@ class LowRank:
         return Peaks(checkpointing) if self.checkpointing else Peaks(plain, checkpointing)
 
     def changed(self, values: Mapping[str, Any]) -> LowRank:
+        if unknown := sorted(values.keys() - {"rank", "top_share", "checkpointing"}):
+            raise ValueError(f"no setting {unknown[0]!r}; expected rank, top_share or checkpointing")
         return replace(self, **values)
+
+    def check_fits(self, layers: int) -> None:
+        """Adapters fit beside any number of blocks."""
 
     def _top_blocks(self, layers: int) -> int | None:
         return None if self.top_share == 1 else max(round(layers * self.top_share), 1)
@@ -115,9 +126,14 @@ class SideTuning:
         return Peaks(track_ladder(config, self._config(), tokens, batch).peak.device_bytes)
 
     def changed(self, values: Mapping[str, Any]) -> SideTuning:
+        if "seed" in values:
+            raise ValueError("the seed is the run's; use --seeds")
         changed = replace(self, fields={**self.fields, **values})
         changed._config()  # refuses what LadderConfig does
         return changed
+
+    def check_fits(self, layers: int) -> None:
+        connections(self._config(), layers)
 
     def _config(self, seed: int = 0) -> LadderConfig:
         return LadderConfig.preset(self.preset, **{**self.fields, "seed": seed})
@@ -141,6 +157,8 @@ def find_method(text: str) -> Method:
         ValueError: no such method or setting, or a value that it cannot have.
     """
     name, _, settings = text.partition(":")
+    if any(character.isspace() for character in text):
+        raise ValueError(f"method {text!r}: expected no white space")
     if name not in METHODS:
         raise ValueError(
             f"no method {name!r}; expected one of {', '.join(METHODS)}, or such a name with :SETTING=VALUE"

@@ -12,6 +12,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from benchmarks.quality.backbones import SIZES
+from benchmarks.quality.methods import find_method
+
 
 @dataclass(frozen=True)
 class Run:
@@ -98,7 +101,8 @@ def read_rows(path: Path) -> list[Row]:
     """Every row; none of a file that is not there.
 
     Raises:
-        ValueError: another header, or a row that is damaged or there twice; the message names the line.
+        ValueError: another header, or a row that is damaged, there twice or of an unknown method, size or budget; the
+            message names the line.
     """
     if not path.exists() or path.stat().st_size == 0:
         return []
@@ -123,17 +127,33 @@ def read_rows(path: Path) -> list[Row]:
 def drop_torn_line(path: Path) -> bool:
     """Cut off a last line without an end, which is what a run that was killed while it wrote leaves; True if one was.
 
-    Its run is then done again.
+    Its run is then done again. A file that does not begin as a results file is left alone, for `read_rows` to refuse.
     """
-    if not path.exists():
+    if not path.is_file():
         return False
-    content = path.read_bytes()
+    content, header = path.read_bytes(), ",".join(COLUMNS).encode()
     whole = content[: content.rfind(b"\n") + 1]
-    if whole == content:
+    if whole == content or not (content.startswith(header + b"\n") or header.startswith(content)):
         return False
     with path.open("r+b") as file:
         file.truncate(len(whole))
     return True
+
+
+def parsed_budget(budget: str) -> tuple[str, float]:
+    """Kind and amount of a budget.
+
+    Raises:
+        ValueError: neither "flops=NUMBER" nor "steps=NUMBER", with a positive number.
+    """
+    kind, _, text = budget.partition("=")
+    try:
+        amount = float(text)
+    except ValueError:
+        amount = math.nan
+    if kind not in ("flops", "steps") or not 0 < amount < math.inf:
+        raise ValueError(f"budget {budget!r}: expected flops=NUMBER or steps=NUMBER, such as flops=2e12")
+    return kind, amount
 
 
 def _row(values: list[str]) -> Row:
@@ -148,7 +168,13 @@ def _row(values: list[str]) -> Row:
         _number(cells, "learning_rate"),
         _count(cells, "seed"),
     )
+    find_method(run.method)
+    if run.size not in SIZES:
+        raise ValueError(f"size: expected one of {', '.join(SIZES)}, got {run.size!r}")
+    parsed_budget(run.budget)
     curve, accuracy = _json(cells, "curve", list), _json(cells, "accuracy", dict)
+    if not all(type(share) in (int, float) and 0 <= share <= 1 for share in accuracy.values()):
+        raise ValueError(f"accuracy: expected shares from 0 to 1, got {cells['accuracy'][:80]!r}")
     if not all(isinstance(point, list) and len(point) == 2 for point in curve):
         raise ValueError(f"curve: expected [[step, loss], ...], got {cells['curve'][:80]!r}")
     return Row(

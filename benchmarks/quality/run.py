@@ -19,7 +19,7 @@ from benchmarks.quality.accuracy import accuracies
 from benchmarks.quality.backbones import backbone_folder
 from benchmarks.quality.flops import count_flops
 from benchmarks.quality.methods import Peaks, find_method
-from benchmarks.quality.rows import Row, Run
+from benchmarks.quality.rows import Row, Run, parsed_budget
 from benchmarks.quality.tasks import TASKS
 from benchmarks.quality.tasks.samples import Sample, TaskData
 from benchmarks.quality.training import BATCH, Samples, train
@@ -122,13 +122,7 @@ def steps_of(budget: str, flops_per_token: float, train: Sequence[Sample]) -> in
     Raises:
         ValueError: neither "flops=NUMBER" nor "steps=NUMBER".
     """
-    kind, _, text = budget.partition("=")
-    try:
-        amount = float(text)
-    except ValueError:
-        amount = math.nan
-    if kind not in ("flops", "steps") or not 0 < amount < math.inf:
-        raise ValueError(f"budget {budget!r}: expected flops=NUMBER or steps=NUMBER, such as flops=2e12")
+    kind, amount = parsed_budget(budget)
     if kind == "steps":
         return max(round(amount), 1)
     tokens_per_step = BATCH * sum(len(sample.input_ids) for sample in train) / len(train)

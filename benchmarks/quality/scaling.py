@@ -14,7 +14,7 @@ import numpy as np
 
 _SLOPES = np.geomspace(0.01, 3.0, 200)
 _REFINED, _REFINEMENTS = 41, 4
-_RESAMPLED = 200
+_RESAMPLED = 2000  # with 200 the ends of intervals moved by 0.08 from seed to seed
 _QUANTILES = (0.025, 0.975)
 
 

@@ -1,14 +1,13 @@
 """Text that every machine with the project's dependencies has: the source of installed packages.
 
 A file is held out or not by its name alone, as in the quickstart's corpus, so that a larger backbone may be pretrained
-on the rest. The text, and so what is trained on it, depends on the versions of the packages: rows record them.
+on the rest. The text depends on the versions of the packages, so losses on it compare within one environment.
 """
 
 from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator
-from importlib.metadata import version
 from pathlib import Path
 
 from engine.quickstart.corpus import MAX_FILE_BYTES, SourceFile
@@ -40,8 +39,3 @@ def package_files(package: str) -> Iterator[SourceFile]:
         except UnicodeDecodeError:
             continue
         yield SourceFile(path, name.removesuffix(".py"), False, text)
-
-
-def versions() -> dict[str, str]:
-    """Versions of the packages whose text is used, by name."""
-    return {package: version(package) for package in PACKAGES}

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from benchmarks.quality.rows import Row
+from benchmarks.quality.rows import Row, parsed_budget
 from benchmarks.quality.scaling import Fit, Interval, fit, intervals
 
 
@@ -17,7 +17,8 @@ class Cell:
     """A method on a task beside a backbone at a budget, over the seeds of its best learning rate.
 
     Attributes:
-        learning_rate: the one of most seeds, and of those the one of the lowest mean loss.
+        learning_rate: the one of most seeds that did not diverge, and of those the one of the lowest mean loss.
+        seeds, diverged: how many did not and did; everything else is of those that did not.
         loss, lowest, highest: mean and extremes over the seeds.
         flops, peak_bytes, accuracy: means over them.
         seconds: mean over those that were trained alone; None without any.
@@ -29,6 +30,7 @@ class Cell:
     budget: str
     learning_rate: float
     seeds: int
+    diverged: int
     loss: float
     lowest: float
     highest: float
@@ -45,16 +47,21 @@ def cells(rows: Sequence[Row]) -> list[Cell]:
     for row in rows:
         run = row.run
         groups[run.method, run.size, run.task, run.budget][run.learning_rate].append(row)
-    found = []
-    for by_rate in groups.values():
-        rate = min(by_rate, key=lambda rate: (-len(by_rate[rate]), fmean(row.loss for row in by_rate[rate])))
-        if math.isfinite(fmean(row.loss for row in by_rate[rate])):
-            found.append(_cell(by_rate[rate]))
-    return found
+    return [cell for by_rate in groups.values() if (cell := _best_cell(list(by_rate.values()))) is not None]
 
 
-def _cell(rows: Sequence[Row]) -> Cell:
+def _best_cell(by_rate: Sequence[Sequence[Row]]) -> Cell | None:
+    """Of the rows of each learning rate."""
+    split = [([row for row in rows if math.isfinite(row.loss)], len(rows)) for rows in by_rate]
+    kept = [(rows, count - len(rows)) for rows, count in split if rows]
+    if not kept:
+        return None
+    return _cell(*min(kept, key=lambda each: (-len(each[0]), fmean(row.loss for row in each[0]))))
+
+
+def _cell(rows: Sequence[Row], diverged: int) -> Cell:
     run, losses = rows[0].run, [row.loss for row in rows]
+    groups = dict.fromkeys(group for row in rows for group in row.accuracy)
     seconds = [row.seconds for row in rows if row.seconds is not None]
     return Cell(
         method=run.method,
@@ -63,6 +70,7 @@ def _cell(rows: Sequence[Row]) -> Cell:
         budget=run.budget,
         learning_rate=run.learning_rate,
         seeds=len(rows),
+        diverged=diverged,
         loss=fmean(losses),
         lowest=min(losses),
         highest=max(losses),
@@ -70,7 +78,7 @@ def _cell(rows: Sequence[Row]) -> Cell:
         seconds=fmean(seconds) if seconds else None,
         peak_bytes=rows[0].peak_bytes,
         peak_bytes_checkpointing=rows[0].peak_bytes_checkpointing,
-        accuracy={group: fmean(row.accuracy[group] for row in rows) for group in rows[0].accuracy},
+        accuracy={group: fmean(row.accuracy[group] for row in rows if group in row.accuracy) for group in groups},
     )
 
 
@@ -101,10 +109,10 @@ def scalings(rows: Sequence[Row]) -> list[Scaling]:
             by_method[cell.method, cell.task].append(cell)
     for (method, task), own in by_method.items():
         best = [min((c for c in own if c.budget == b), key=lambda c: c.loss) for b in sorted({c.budget for c in own})]
-        trained = [row for cell in best for row in rows if _is_of(row, cell)]
-        if len(best) < 3 or len(trained) < 4:
-            continue
+        trained = [row for cell in best for row in rows if _is_of(row, cell) and math.isfinite(row.loss)]
         flops, losses = [row.flops for row in trained], [row.loss for row in trained]
+        if len(best) < 3 or len(set(flops)) < 3 or len(trained) < 4:
+            continue
         sizes = tuple(dict.fromkeys(cell.size for cell in own))
         found.append(Scaling(method, task, sizes, flops, losses, fit(flops, losses), intervals(flops, losses)))
     return found
@@ -119,8 +127,8 @@ def _is_of(row: Row, cell: Cell) -> bool:
 
 def flops_of(budget: str) -> float | None:
     """The FLOPs of a budget that counts them."""
-    kind, _, amount = budget.partition("=")
-    return float(amount) if kind == "flops" else None
+    kind, amount = parsed_budget(budget)
+    return amount if kind == "flops" else None
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -132,10 +140,11 @@ def table(rows: Sequence[Row]) -> str:
         own = [cell for cell in found if (cell.size, cell.task, cell.budget) == key]
         for cell in sorted(own, key=lambda cell: cell.loss):
             seconds = "" if cell.seconds is None else f", {cell.seconds:.0f} s"
+            diverged = f", {cell.diverged} more diverged" if cell.diverged else ""
             accuracy = f", right {fmean(cell.accuracy.values()):.3f}" if cell.accuracy else ""
             lines.append(
                 f"  {cell.method:<22} loss {cell.loss:.4f} "
-                f"({cell.lowest:.4f} to {cell.highest:.4f}, {cell.seeds} seeds), "
+                f"({cell.lowest:.4f} to {cell.highest:.4f}, {cell.seeds} seeds{diverged}), "
                 f"lr {cell.learning_rate:g}, {cell.flops:.3g} FLOPs, {cell.peak_bytes / 2**20:.1f} MiB"
                 f"{seconds}{accuracy}"
             )
