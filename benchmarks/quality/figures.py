@@ -117,6 +117,7 @@ def delta_figure(rows: Sequence[Row]) -> Figure | None:
             axis.axhspan(cell.lowest, cell.highest, color=_color("ladder"), alpha=0.15)
         axis.set_title(", ".join(place), fontsize=10)
         axis.set_xlabel("delta, tapped blocks")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend(fontsize=8, frameon=False)
     axes[0, 0].set_ylabel("held-out loss, nats per token")
     return figure
@@ -199,9 +200,10 @@ def _color(method: str) -> str:
 
 def _caption(figure: Figure, rows: Sequence[Row]) -> None:
     facts = rows[-1].facts
-    place = facts["cpu"] if facts["device"] == "cpu" else facts["device"]
+    places = sorted({row.facts["cpu" if row.facts["device"] == "cpu" else "device"] for row in rows})
     commits = sorted({row.facts["commit"][:7] for row in rows})
-    text = f"{len(rows)} trainings, {place}, torch {facts['torch']}, commit {', '.join(commits)}, {facts['date']}"
+    text = f"{len(rows)} trainings, {', '.join(places)}, torch {facts['torch']}, "
+    text += f"commit {', '.join(commits)}, {facts['date']}"
     lines = textwrap.wrap(text, round(_CHARACTERS_PER_INCH * figure.get_figwidth()))
     figure.text(0.01, 0.01, "\n".join(lines), fontsize=7, color="#555555")
     figure.tight_layout(rect=(0, 0.03 * len(lines), 1, 0.98))
